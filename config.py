@@ -1,0 +1,105 @@
+"""Constants at the top of a script, changed from the command line; files that are either whole or absent.
+
+Every script of this project begins with a block of constants:
+
+    lr      = 6e-4            # peak learning rate
+    compile = False           # torch.compile the model
+    out_dir = "out/pretrain"  # checkpoint, log.csv, curve.png
+    constants = config.override(globals())
+
+`python pretrain.py --lr=1e-3 --compile --out_dir=out/b` changes three of them, `--help` prints all of them with
+the very comments that stand in the file. The values are parsed, never evaluated. No torch in here: the scripts that
+only prepare text start at once.
+"""
+import ast
+import difflib
+import errno
+import math
+import os
+import sys
+from contextlib import contextmanager
+
+
+def override(namespace, argv=None):
+    """Change the constants that stand above this call by `--name=value`, and return all of them as a dict.
+
+    namespace: the calling script's globals(); argv: the arguments, by default those of the command line when the
+    script is run (and none when it is imported). A value takes the type of the default: bool (`--name` alone means
+    true), int, float or str. Raises SystemExit with one sentence for anything that does not fit.
+    """
+    is_script = namespace["__name__"] in ("__main__", "__mp_main__")     # __mp_main__: a spawned worker reads it again
+    argv = (sys.argv[1:] if is_script else []) if argv is None else argv
+    source, script = constants_of(namespace["__file__"]), os.path.basename(namespace["__file__"])
+    if "--help" in argv or "-h" in argv:
+        width = max(len(f"{name}={namespace[name]!r}") for name in source)
+        lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}" for name, comment in source.items()]
+        print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:\n" + "\n".join(lines))
+        raise SystemExit(0)
+    for argument in argv:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise SystemExit(f"{script}: {argument!r} is not of the form --name=value; see {script} --help")
+        if name not in source:
+            near = difflib.get_close_matches(name, source, n=1)
+            hint = f"perhaps --{near[0]}=..." if near else f"see {script} --help"
+            raise SystemExit(f"{script}: there is no constant {name!r}; {hint}")
+        default = namespace[name]
+        if not equals and not isinstance(default, bool):
+            raise SystemExit(f"{script}: --{name} needs a value: --{name}={default!r}, for example")
+        try:
+            namespace[name] = parse(text if equals else "true", type(default))
+        except ValueError:
+            raise SystemExit(f"{script}: --{name}={text} is not of type {type(default).__name__} "
+                             f"(the default is {default!r})") from None
+    return {name: namespace[name] for name in source}
+
+
+def parse(text, kind):
+    """The value of type `kind` that text spells; raises ValueError if it spells none."""
+    if kind is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    value = kind(text)
+    if kind is float and not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def constants_of(path):
+    """{name: comment} of the plain constants between the top of the script and its call of override()."""
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Assign, ast.Expr)) and "override(globals())" in lines[node.lineno - 1]:
+            break
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+            found[node.targets[0].id] = rest.partition("#")[2].strip()
+    return found
+
+
+@contextmanager
+def whole_file(path, mode="w"):
+    """Open a file that takes its name only when it is whole: written aside, flushed to the disk, then renamed.
+
+    Whatever interrupts the writing, `path` holds what it held before. A full disk ends in one sentence.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    aside = f"{path}.tmp"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(aside, mode, **text) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        if os.path.exists(aside):
+            os.remove(aside)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise SystemExit(f"{path}: the disk is full; what was there before is untouched, "
+                             "free some space and run the same command again") from None
+        raise
