@@ -1,0 +1,274 @@
+"""Pretrain: the bins of prepare_pretrain.py -> a model that continues text.
+
+    python pretrain.py                                       one GPU, a Mac, or the CPU
+    torchrun --nproc_per_node=4 pretrain.py                  four GPUs of one machine
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 pretrain.py       first of two machines
+
+Writes to out_dir: last.pt (everything that --resume needs), best.pt (the weights with the lowest validation loss),
+log.csv (one row a step) and curve.png.
+"""
+import math
+import os
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import config
+import runtime
+import tokenizer as tokenizers
+from model import IGNORE, Model, ModelConfig, generate, make_optimizers
+
+# data
+tokenizer      = "data/tokenizer.model"  # the one that prepare_pretrain.py was given
+data_dir       = "data/pretrain"         # train.bin, val.bin, meta.json
+out_dir        = "out/pretrain"          # last.pt, best.pt, log.csv, curve.png
+resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
+overwrite      = False                   # start anew although out_dir holds a run
+# model; the defaults are 34 M parameters with a vocabulary of 16,384
+dim            = 512                     # width
+n_layers       = 8                       # depth
+n_heads        = 8                       # query heads; must divide dim
+n_kv_heads     = 0                       # key/value heads; 0: as many as n_heads, fewer save memory when generating
+hidden_dim     = 0                       # width of the feed-forward layers; 0: 8/3 dim
+max_seq_len    = 512                     # tokens of a row, the longest context the model learns
+rope_theta     = 10000.0                 # base of the rotary frequencies
+tie_embeddings = True                    # one matrix embeds and scores the tokens
+qk_norm        = True                    # RMSNorm on queries and keys: calmer training (Qwen3 has it, Llama not)
+mask_documents = True                    # documents packed into one row do not see each other
+# optimization; a step is an optimizer step
+batch_tokens   = 131_072                 # tokens per step over all processes; gradient accumulation follows from it
+micro_batch    = 16                      # rows per process and forward pass; halve it when memory runs out
+epochs         = 1.0                     # passes over train.bin
+max_steps      = 0                       # steps; 0: as many as epochs asks for
+lr             = 3e-3                    # peak learning rate of AdamW (embeddings, head, norms)
+muon_lr        = 5e-3                    # peak learning rate of Muon (all other matrices); 0: AdamW for everything
+lr_min         = 0.1                     # where the cosine ends, as a fraction of the peak
+warmup_steps   = 50                      # linear warm-up
+weight_decay   = 0.1                     # on matrices only
+grad_clip      = 1.0                     # largest norm of the gradient
+seed           = 1337                    # of the initial weights and the order of the data
+# machine
+device         = "auto"                  # auto | cuda | mps | cpu
+dtype          = "auto"                  # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
+compile        = "auto"                  # auto (on CUDA) | on | off: torch.compile, a minute at the start, faster steps
+# watching
+eval_interval  = 250                     # steps between validations; last.pt is saved then, and best.pt if it is best
+eval_tokens    = 1_048_576               # validate on this many tokens at most
+save_interval  = 0                       # steps between further saves of last.pt; 0: only at validations
+log_interval   = 10                      # steps between printed lines
+sample_prompts = "从前|今天|人工智能"      # continued at every validation; separated by |, empty: none
+sample_tokens  = 60                      # tokens of each continuation
+constants = config.override(globals())
+
+
+def read_batch(data, rows, tok, device):
+    """Rows of the flat token file as inputs and targets (B, T) and the starts of their documents (cu_seqlens).
+
+    A document stands in the file as d1 .. dn eos. On the input side its predecessor's eos becomes bos: the model sees
+    bos d1 .. dn and learns d1 .. dn eos, so bos means "a text begins" and is all the context an empty prompt has.
+    """
+    tokens = np.full((len(rows), max_seq_len + 1), -1, dtype=np.int64)
+    for line, row in zip(tokens, rows):
+        piece = data[int(row) * max_seq_len:(int(row) + 1) * max_seq_len + 1]
+        line[:len(piece)] = piece
+    x, y = tokens[:, :-1], np.where(tokens[:, 1:] < 0, IGNORE, tokens[:, 1:])     # the last row of the file is padded
+    starts = (x == tok.eos_id) | (np.arange(max_seq_len) == 0)
+    x = np.where((x == tok.eos_id) | (x < 0), tok.bos_id, x)
+    cu_seqlens = np.append(np.flatnonzero(starts), x.size).astype(np.int32) if mask_documents else None
+    return [None if a is None else to_device(torch.from_numpy(a), device) for a in (x, y, cu_seqlens)]
+
+
+def to_device(t, device):
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+def schedule(step):
+    """Learning rate of a step as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return lr_min + (1 - lr_min) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@torch.no_grad()
+def evaluate(model, data, n_rows, tok, token_bytes, autocast, process):
+    """Mean loss in nats per token and in bits per byte of text, over the first n_rows rows, shared by all processes."""
+    nats, targets, n_bytes = [], 0, 0
+    for rows in runtime.micro_batches(np.arange(n_rows), micro_batch, process):
+        x, y, cu_seqlens = read_batch(data, rows, tok, process.device)
+        with autocast:
+            nats.append(model(x, y, cu_seqlens))
+        counted = y[y != IGNORE].cpu().numpy()
+        targets, n_bytes = targets + len(counted), n_bytes + int(token_bytes[counted].sum())
+    nats, targets, n_bytes = runtime.total([sum(n.item() for n in nats), targets, n_bytes], process)
+    return nats / targets, nats / math.log(2) / n_bytes
+
+
+def sample(model, tok, autocast, process):
+    """Print continuations of sample_prompts, the same random numbers every time."""
+    generator = torch.Generator(process.device).manual_seed(seed)
+    for prompt in filter(None, sample_prompts.split("|")):
+        with autocast:
+            ids = [row[0] for row in generate(model, [[tok.bos_id] + tok.encode(prompt)[-max_seq_len // 2:]], sample_tokens, 0.8,
+                                              top_p=0.9, stop_ids={tok.eos_id}, generator=generator)]
+        tqdm.write(f"  | {prompt}{tok.decode(ids)}".replace("\n", "\n  | "))
+
+
+def announce(model, process, dtype_name, n_rows, batch_rows, tokens):
+    """Say before the first step what the run will cost."""
+    itemsize = 4 if dtype_name == "float32" else 2
+    memory = model.bytes_to_train(min(micro_batch, batch_rows) * max_seq_len, itemsize)
+    flops, rate = model.flops_per_token(max_seq_len), runtime.matmul_rate(process.device, dtype_name)
+    seconds = tokens * flops / (0.35 * rate * process.world_size)
+    rounds = math.ceil(math.ceil(batch_rows / process.world_size) / micro_batch)
+    process.print(f"""\
+device        {process.world_size} x {process.device.type}, {dtype_name} products
+parameters    {model.n_params():,}, of which {model.embedding.weight.numel():,} in the embedding
+step          {batch_rows * max_seq_len:,} tokens = {batch_rows} rows of {max_seq_len}, in {rounds} rounds of at most {micro_batch} rows a process
+training      {max_steps:,} steps = {tokens:,} tokens = {tokens / (n_rows * max_seq_len):.2f} epochs of {n_rows:,} rows
+memory        about {memory / 2**30:.1f} GiB a process (weights, gradients, moments, activations of {micro_batch} rows, logits)
+time          about {runtime.seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {rate:.3g} FLOP/s measured x {process.world_size})""")
+
+
+def main():
+    global max_steps
+    tok = tokenizers.load(tokenizer)
+    meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
+    if tok.vocab_size > 65_536:
+        raise SystemExit(f"{tokenizer}: {tok.vocab_size:,} pieces do not fit the bins' 16 bits (65,536)")
+    train, val = (runtime.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py")
+                  for part in ("train", "val"))
+    n_rows = math.ceil((len(train) - 1) / max_seq_len)
+    n_val_rows = min(math.ceil((len(val) - 1) / max_seq_len), max(1, eval_tokens // max_seq_len))
+    batch_rows = batch_tokens // max_seq_len
+    max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
+    try:
+        shape = ModelConfig(tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
+                            tie_embeddings=tie_embeddings, qk_norm=qk_norm)
+    except ValueError as error:
+        raise SystemExit(f"pretrain.py: {error}") from None
+    last_path = f"{out_dir}/last.pt"
+    saved = runtime.load_checkpoint(last_path) if resume and os.path.exists(last_path) else None
+    if os.path.exists(last_path) and not resume and not overwrite:
+        raise SystemExit(f"{last_path} is there: --resume goes on with it, --out_dir=... starts beside it, "
+                         "--overwrite starts anew in its place")
+
+    process = runtime.start(device)
+    if batch_rows < process.world_size:
+        raise SystemExit(f"batch_tokens ({batch_tokens}) is less than a row of {max_seq_len} tokens for each of "
+                         f"{process.world_size} processes")
+    runtime.check_equal(constants, process)
+    dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
+    torch.manual_seed(seed)
+    model = Model(shape).to(process.device)
+    optimizers = make_optimizers(model, lr, muon_lr, weight_decay, torch.bfloat16 if dtype_name == "bfloat16" else torch.float32)
+    start, best, skipped = 0, math.inf, 0
+    if saved:
+        changed = [n for n, v in saved["shape"].items() if vars(shape)[n] != v]
+        if changed:
+            raise SystemExit(f"{last_path}: its model has another {', '.join(changed)}; give the constants it was made with")
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(saved["scaler"])
+        start, best, skipped = saved["step"], saved["best"], saved["skipped"]
+    elif resume:
+        process.print(f"{last_path}: not there yet, nothing to resume; starting at step 0")
+    forward = runtime.compiled(model, compile, process.device)
+    if process.world_size > 1:
+        forward = DistributedDataParallel(forward, device_ids=[process.local_rank] if process.device.type == "cuda" else None)
+    announce(model, process, dtype_name, n_rows, batch_rows, (max_steps - start) * batch_rows * max_seq_len)
+    log = runtime.Log(f"{out_dir}/log.csv", ["step", "tokens", "lr", "loss", "grad_norm", "val_loss", "val_bpb"], start, process)
+    token_bytes = np.array([len(p) for p in tok.pieces])
+
+    def save(name, **more):
+        if process.is_main:
+            log.flush()
+            runtime.save_checkpoint(f"{out_dir}/{name}", {
+                "model": model.state_dict(), "shape": vars(shape), "constants": constants, "step": step,
+                "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+
+    stop = runtime.StopRequest()
+    bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if process.is_main else True)
+    clock, seen = time.perf_counter(), 0
+    for step in range(start, max_steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(step)
+
+        # the global batch: the same rows in whatever shares the processes and rounds divide them
+        rows = runtime.batch_rows(step, batch_rows, n_rows, seed)
+        n_targets = sum(min(max_seq_len, len(train) - 1 - int(row) * max_seq_len) for row in rows)
+        rounds = runtime.micro_batches(rows, micro_batch, process)
+        nats = torch.zeros((), device=process.device)                  # summed on the device: no wait in between
+        for i, mine in enumerate(rounds):
+            x, y, cu_seqlens = read_batch(train, mine, tok, process.device)
+            # gradients are exchanged once, with the last round's; DDP decides that in the forward pass already
+            with forward.no_sync() if process.world_size > 1 and i < len(rounds) - 1 else nullcontext():
+                with autocast:
+                    loss = forward(x, y, cu_seqlens)                   # summed over the targets, not averaged
+                # DDP averages over the processes: world_size gives that back, and the mean is over the global batch
+                scaler.scale(loss * (process.world_size / n_targets)).backward()
+            nats += loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+        nats, asked = runtime.total([nats, bool(stop)], process)
+        train_loss = nats / n_targets
+        if math.isfinite(grad_norm) and math.isfinite(train_loss):
+            for optimizer in optimizers:
+                optimizer.step()
+        elif scaler.is_enabled():                                      # float16 overflowed: the scaler now goes lower
+            skipped += 1
+        else:
+            raise SystemExit(f"step {step + 1}: the loss is {train_loss}, the gradient's norm {grad_norm}; {last_path} is "
+                             "from before that: --resume with a lower learning rate")
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+        step += 1
+        seen += n_targets
+        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=optimizers[0].param_groups[0]["lr"], loss=train_loss,
+                   grad_norm=grad_norm)
+        bar.update()
+        if process.is_main and (step % log_interval == 0 or step == max_steps):
+            speed = seen / (time.perf_counter() - clock)
+            left = (max_steps - step) * batch_rows * max_seq_len / speed
+            tqdm.write(f"step {step:>6}/{max_steps}  loss {train_loss:.4f}  lr {row['lr']:.2e}  norm {grad_norm:.2f}  "
+                       f"{speed:,.0f} tokens/s  {runtime.seconds_as_text(left)} left" + f"  {skipped} skipped" * bool(skipped))
+            clock, seen = time.perf_counter(), 0
+        if step % eval_interval == 0 or step == max_steps:
+            began = time.perf_counter()
+            row["val_loss"], row["val_bpb"] = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
+            if process.is_main:
+                tqdm.write(f"step {step:>6}/{max_steps}  validation: {row['val_loss']:.4f} nats per token, "
+                           f"{row['val_bpb']:.4f} bits per byte")
+                sample(model, tok, autocast, process)
+            if row["val_loss"] < best:
+                best = row["val_loss"]
+                save("best.pt", val_loss=best, val_bpb=row["val_bpb"])
+            clock += time.perf_counter() - began
+        log.row(**row)
+        if step % eval_interval == 0 or step == max_steps or asked or (save_interval and step % save_interval == 0):
+            save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
+                 skipped=skipped)
+        if asked:
+            bar.close()
+            process.print(f"stopped after step {step}, saved in {last_path}; go on with --resume")
+            break
+    else:
+        bar.close()
+        if process.is_main:
+            log.flush()
+            print(f"best validation loss {best:.4f}; {out_dir}/best.pt, {out_dir}/log.csv, "
+                  f"{runtime.draw_curve(f'{out_dir}/log.csv', f'pretraining, {model.n_params() / 1e6:.1f} M parameters')}")
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""What both training loops need and neither is there to teach: processes, precision, the order of the data,
+checkpoints, the log and its picture. Knows nothing of what is inside the network.
+"""
+import csv
+import functools
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+import zipfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import config
+
+FORMAT = 1                                    # of checkpoints and bins; a newer one is refused, not guessed at
+NEEDS = (2, 11)                               # the oldest PyTorch that the tests were run with
+
+if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < NEEDS:
+    raise SystemExit(f"PyTorch {torch.__version__} is installed, this needs at least {NEEDS[0]}.{NEEDS[1]}: "
+                     "pip install -r requirements.txt")
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# processes and precision
+
+@dataclass
+class Process:
+    """This process among those that train together."""
+    rank: int
+    local_rank: int                           # among the processes of this machine
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *words):
+        if self.is_main:
+            print(*words, flush=True)
+
+
+def start(device="auto"):
+    """Join the processes that torchrun started, or be the only one; returns a Process.
+
+    device: auto (CUDA, else Apple's MPS, else CPU) or one of cuda, mps, cpu. CUDA processes talk through NCCL, CPU
+    processes through gloo. Raises SystemExit where the device is not there.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, is_there in there.items() if is_there) if device == "auto" else device
+    if not there.get(kind):
+        raise SystemExit(f"--device={device}: not on this machine; there is {', '.join(d for d in there if there[d])}")
+    if kind == "mps" and world_size > 1:
+        raise SystemExit("Apple's MPS has one device and no collective operations: run without torchrun")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise SystemExit(f"{local_size} processes on this machine, but {torch.cuda.device_count()} GPUs: "
+                             f"torchrun --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")          # TF32 for what is left in float32
+    if kind == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, os.cpu_count() // local_size))         # torchrun sets 1 where nothing is set
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if world_size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    return Process(rank, local_rank, world_size, device)
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(values, process):
+    """The sums over all processes of a list of numbers, as floats."""
+    if process.world_size == 1:
+        return [float(v) for v in values]
+    sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=process.device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def check_equal(constants, process):
+    """All processes must run the same constants; SystemExit on every one of them names those that differ."""
+    if process.world_size == 1:
+        return
+    everyone = [None] * process.world_size
+    dist.all_gather_object(everyone, constants)
+    differ = {name for other in everyone for name in constants if other.get(name) != constants[name]}
+    if any(everyone[0] != other for other in everyone):
+        finish()
+        raise SystemExit(f"the processes were started with different constants: {', '.join(sorted(differ))}")
+
+
+def precision(device, dtype):
+    """(name, autocast context, GradScaler) for dtype = auto | bfloat16 | float16 | float32.
+
+    auto: bfloat16 where the device multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX),
+    float16 on older CUDA cards, float32 elsewhere. Weights stay float32; only the products are in half precision.
+    Only float16 needs its loss scaled (Micikevicius et al. 2017, arXiv:1710.03740): the scaler is off otherwise.
+    """
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
+    if dtype not in kinds:
+        raise SystemExit(f"--dtype={dtype}: choose auto, bfloat16, float16 or float32")
+    half = dtype != "float32"
+    autocast = torch.autocast(device.type, dtype=kinds[dtype]) if half else nullcontext()
+    return dtype, autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
+def has_fast_bfloat16(device):
+    """Whether matrix products in bfloat16 are faster than in float32 there: CUDA from Ampere on, recent CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def compiled(model, choice, device):
+    """The model, compiled if choice (auto | on | off) says so; auto: on CUDA, where Triton is installed."""
+    if choice not in ("auto", "on", "off"):
+        raise SystemExit(f"--compile={choice}: choose auto, on or off")
+    if choice == "auto":
+        import importlib.util
+        choice = "on" if device.type == "cuda" and importlib.util.find_spec("triton") else "off"
+    return torch.compile(model) if choice == "on" else model
+
+
+def matmul_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product in this dtype, measured now (well under 1 s)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(4):                        # the first warms up; .item() waits for the device
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(seconds)
+
+
+def seconds_as_text(seconds):
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else \
+        f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+class StopRequest:
+    """True once SIGINT or SIGTERM came: the loop then ends its step and saves. A second SIGINT quits at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            sys.stderr.write("\nstopped at once; what was saved last is whole\n")
+            os._exit(130)
+        self.asked = True
+        sys.stderr.write("\nstopping after this step (Ctrl-C again: at once)\n")
+
+    def __bool__(self):
+        return self.asked
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the order of the data
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_rows, seed, epoch):
+    """All rows in the random order of one epoch, (n_rows,) uint32: a function of seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(n_rows, dtype=np.uint32))
+
+
+def batch_rows(step, batch_size, n_rows, seed):
+    """The rows of the global batch of `step`, (batch_size,): the step-th slice of epoch after epoch without end.
+
+    It depends on nothing that has happened before, so a resumed run continues exactly, and on nothing else than the
+    step, so any number of processes sees the same batches. Every row comes once per epoch.
+    """
+    at = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([epoch_order(n_rows, seed, int(i // n_rows))[i % n_rows] for i in at])
+
+
+def micro_batches(rows, micro_batch, process):
+    """This process's share of the global batch, cut into pieces of at most micro_batch rows."""
+    mine = rows[process.rank::process.world_size]
+    return [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# files
+
+def read_meta(path, tokenizer, made_by):
+    """meta.json beside the bins; SystemExit if it is not there, is newer, or belongs to another tokenizer."""
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: not there; run python {made_by} first")
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+    except ValueError:
+        raise SystemExit(f"{path}: not a whole JSON file; run python {made_by} again") from None
+    if meta.get("format") != FORMAT:
+        raise SystemExit(f"{path}: format {meta.get('format')}, this code reads {FORMAT}; run python {made_by} again")
+    if meta["tokenizer_sha256"] != tokenizer.sha256:
+        raise SystemExit(f"{path}: made with {meta['tokenizer']} ({meta['tokenizer_sha256'][:8]}), but {tokenizer.name} "
+                         f"is {tokenizer.sha256[:8]}; run python {made_by} again, or name the other with --tokenizer=")
+    return meta
+
+
+def open_bin(path, dtype, length, made_by):
+    """A flat array on disk, read where it is touched; SystemExit if it has not the length that meta.json says."""
+    there = os.path.getsize(path) if os.path.exists(path) else -1
+    if there != length * np.dtype(dtype).itemsize:
+        raise SystemExit(f"{path}: {'missing' if there < 0 else f'{there} bytes'} where meta.json says "
+                         f"{length * np.dtype(dtype).itemsize}; run python {made_by} again")
+    return np.memmap(path, dtype=dtype, mode="r") if length else np.zeros(0, dtype)
+
+
+def save_checkpoint(path, state):
+    with config.whole_file(path, "wb") as f:
+        torch.save({"format": FORMAT, **state}, f)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that save_checkpoint() wrote; SystemExit if it is missing, not whole, newer, or holds more than data.
+
+    weights_only: a checkpoint from elsewhere can carry tensors and plain values, but no code that runs.
+    """
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        reason = "refused: it holds more than tensors and plain values" if "weights_only" in str(error) else "not whole"
+        raise SystemExit(f"{path}: {reason}; take another checkpoint") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
+    return state
+
+
+class Log:
+    """log.csv, one row a step, written by the main process only. After resuming no step is there twice."""
+
+    def __init__(self, path, columns, last_step, process):
+        self.file = None
+        if process.is_main:
+            kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
+            with config.whole_file(path) as f:
+                writer = csv.DictWriter(f, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept)
+            self.file = open(path, "a", encoding="utf-8", newline="")
+            self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
+
+    def row(self, **values):
+        if self.file:
+            self.writer.writerow(values)
+
+    def flush(self):
+        """Bring the rows to the disk: before a checkpoint, so that the log is never behind it."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+
+def read_log(path):
+    """The rows of a log.csv as dicts of strings; a last line that was being written when the run died is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", newline="") as f:
+        text = f.read()
+    return list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
+
+
+def draw_curve(path, title):
+    """log.csv -> curve.png beside it, loss over steps; returns the picture's path, or a sentence if it is not drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no curve drawn: pip install matplotlib"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_log(path)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], lw=1, alpha=0.6, label="training")
+    seen = [r for r in rows if r["val_loss"]]
+    axes.plot([int(r["step"]) for r in seen], [float(r["val_loss"]) for r in seen], "o-", ms=3, label="validation")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = os.path.join(os.path.dirname(path), "curve.png")
+    with config.whole_file(picture, "wb") as f:
+        figure.savefig(f, format="png", dpi=120)
+    plt.close(figure)
+    return picture
