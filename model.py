@@ -133,6 +133,13 @@ class Model(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    @classmethod
+    def from_state(cls, shape, weights):
+        """The network of a checkpoint: shape as in vars(ModelConfig), weights its state_dict; all of them must fit."""
+        model = cls(ModelConfig(**shape))
+        model.load_state_dict(weights)
+        return model
+
     def forward(self, x, y=None, cu_seqlens=None):
         """Logits, or with targets their loss.
 
@@ -401,11 +408,12 @@ def orthogonalize(g):
     return x.mT if tall else x
 
 
-def make_optimizers(model, lr, muon_lr, weight_decay, dtype=torch.float32):
+def make_optimizers(model, lr, muon_lr, weight_decay, dtype="float32"):
     """AdamW for embeddings, head and vectors, Muon for the matrices inside the network; muon_lr 0: AdamW for all.
 
     Decay is for matrices only (embeddings included): a norm's weight or a bias has no direction to shrink along.
-    dtype: of Muon's products, bfloat16 where that is fast. Returns a list of optimizers whose groups carry "peak_lr".
+    dtype: of the training's products; Muon's are bfloat16 where those are, else float32.
+    Returns a list of optimizers whose groups carry "peak_lr".
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.")] if muon_lr else []
@@ -416,7 +424,8 @@ def make_optimizers(model, lr, muon_lr, weight_decay, dtype=torch.float32):
     fused = rest[0].device.type in ("cuda", "cpu")
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)]
     if hidden:
-        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=weight_decay, dtype=dtype))
+        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=weight_decay,
+                               dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -8,14 +8,11 @@ Writes to out_dir: last.pt (everything that --resume needs), best.pt (the weight
 log.csv (one row a step) and curve.png.
 """
 import math
-import os
-import time
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import config
 import runtime
@@ -79,19 +76,15 @@ def read_batch(data, rows, tok, device):
     starts = (x == tok.eos_id) | (np.arange(max_seq_len) == 0)
     x = np.where((x == tok.eos_id) | (x < 0), tok.bos_id, x)
     cu_seqlens = np.append(np.flatnonzero(starts), x.size).astype(np.int32) if mask_documents else None
-    return [None if a is None else to_device(torch.from_numpy(a), device) for a in (x, y, cu_seqlens)]
-
-
-def to_device(t, device):
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    return [runtime.to_device(a, device) for a in (x, y, cu_seqlens)]
 
 
 def schedule(step):
-    """Learning rate of a step as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
+    """Learning rate of a step, counted from 1, as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
+    if step <= warmup_steps:
+        return step / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return lr_min + (1 - lr_min) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return lr_min + (1 - lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -112,38 +105,21 @@ def sample(model, tok, autocast, process):
     """Print continuations of sample_prompts, the same random numbers every time."""
     generator = torch.Generator(process.device).manual_seed(seed)
     for prompt in filter(None, sample_prompts.split("|")):
+        ids = [tok.bos_id] + tok.encode(prompt)[:max_seq_len // 2]
         with autocast:
-            ids = [row[0] for row in generate(model, [[tok.bos_id] + tok.encode(prompt)[-max_seq_len // 2:]], sample_tokens, 0.8,
-                                              top_p=0.9, stop_ids={tok.eos_id}, generator=generator)]
-        tqdm.write(f"  | {prompt}{tok.decode(ids)}".replace("\n", "\n  | "))
-
-
-def announce(model, process, dtype_name, n_rows, batch_rows, tokens):
-    """Say before the first step what the run will cost."""
-    itemsize = 4 if dtype_name == "float32" else 2
-    memory = model.bytes_to_train(min(micro_batch, batch_rows) * max_seq_len, itemsize)
-    flops, rate = model.flops_per_token(max_seq_len), runtime.matmul_rate(process.device, dtype_name)
-    seconds = tokens * flops / (0.35 * rate * process.world_size)
-    rounds = math.ceil(math.ceil(batch_rows / process.world_size) / micro_batch)
-    process.print(f"""\
-device        {process.world_size} x {process.device.type}, {dtype_name} products
-parameters    {model.n_params():,}, of which {model.embedding.weight.numel():,} in the embedding
-step          {batch_rows * max_seq_len:,} tokens = {batch_rows} rows of {max_seq_len}, in {rounds} rounds of at most {micro_batch} rows a process
-training      {max_steps:,} steps = {tokens:,} tokens = {tokens / (n_rows * max_seq_len):.2f} epochs of {n_rows:,} rows
-memory        about {memory / 2**30:.1f} GiB a process (weights, gradients, moments, activations of {micro_batch} rows, logits)
-time          about {runtime.seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {rate:.3g} FLOP/s measured x {process.world_size})""")
+            new = [row[0] for row in generate(model, [ids], sample_tokens, temperature=0.8, top_p=0.9,
+                                              stop_ids={tok.eos_id}, generator=generator)]
+        print("  | " + tok.decode(ids + new).replace("\n", "\n  | "), flush=True)
 
 
 def main():
     global max_steps
     tok = tokenizers.load(tokenizer)
     meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
-    if tok.vocab_size > 65_536:
-        raise SystemExit(f"{tokenizer}: {tok.vocab_size:,} pieces do not fit the bins' 16 bits (65,536)")
     train, val = (runtime.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py")
                   for part in ("train", "val"))
-    n_rows = math.ceil((len(train) - 1) / max_seq_len)
-    n_val_rows = min(math.ceil((len(val) - 1) / max_seq_len), max(1, eval_tokens // max_seq_len))
+    n_rows, n_val_rows = (math.ceil((len(data) - 1) / max_seq_len) for data in (train, val))
+    n_val_rows = min(n_val_rows, max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
     try:
@@ -151,64 +127,41 @@ def main():
                             tie_embeddings=tie_embeddings, qk_norm=qk_norm)
     except ValueError as error:
         raise SystemExit(f"pretrain.py: {error}") from None
-    last_path = f"{out_dir}/last.pt"
-    saved = runtime.load_checkpoint(last_path) if resume and os.path.exists(last_path) else None
-    if os.path.exists(last_path) and not resume and not overwrite:
-        raise SystemExit(f"{last_path} is there: --resume goes on with it, --out_dir=... starts beside it, "
-                         "--overwrite starts anew in its place")
-
-    process = runtime.start(device)
-    if batch_rows < process.world_size:
-        raise SystemExit(f"batch_tokens ({batch_tokens}) is less than a row of {max_seq_len} tokens for each of "
-                         f"{process.world_size} processes")
-    runtime.check_equal(constants, process)
+    saved = runtime.open_run(out_dir, resume, overwrite, vars(shape), tok)
+    process = runtime.start(device, batch_rows, constants)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
+
     torch.manual_seed(seed)
     model = Model(shape).to(process.device)
-    optimizers = make_optimizers(model, lr, muon_lr, weight_decay, torch.bfloat16 if dtype_name == "bfloat16" else torch.float32)
-    start, best, skipped = 0, math.inf, 0
-    if saved:
-        changed = [n for n, v in saved["shape"].items() if vars(shape)[n] != v]
-        if changed:
-            raise SystemExit(f"{last_path}: its model has another {', '.join(changed)}; give the constants it was made with")
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(saved["scaler"])
-        start, best, skipped = saved["step"], saved["best"], saved["skipped"]
-    elif resume:
-        process.print(f"{last_path}: not there yet, nothing to resume; starting at step 0")
-    forward = runtime.compiled(model, compile, process.device)
-    if process.world_size > 1:
-        forward = DistributedDataParallel(forward, device_ids=[process.local_rank] if process.device.type == "cuda" else None)
-    announce(model, process, dtype_name, n_rows, batch_rows, (max_steps - start) * batch_rows * max_seq_len)
-    log = runtime.Log(f"{out_dir}/log.csv", ["step", "tokens", "lr", "loss", "grad_norm", "val_loss", "val_bpb"], start, process)
-    token_bytes = np.array([len(p) for p in tok.pieces])
+    optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
+    start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    forward = runtime.parallel(runtime.compiled(model, compile, process.device), process)
+    runtime.announce(model, process, dtype_name, (max_steps - start), batch_rows, micro_batch, n_rows)
+    log = runtime.Log(f"{out_dir}/log.csv", start, process)
+    token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
         if process.is_main:
-            log.flush()
+            log.flush()                                                # never behind a checkpoint
             runtime.save_checkpoint(f"{out_dir}/{name}", {
-                "model": model.state_dict(), "shape": vars(shape), "constants": constants, "step": step,
-                "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+                "stage": "pretrain", "model": model.state_dict(), "shape": vars(shape), "step": step,
+                "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
 
-    stop = runtime.StopRequest()
-    bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if process.is_main else True)
-    clock, seen = time.perf_counter(), 0
-    for step in range(start, max_steps):
+    stop, meter = runtime.StopRequest(), runtime.Meter(start, max_steps, process)
+    for step in range(start + 1, max_steps + 1):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step)
 
-        # the global batch: the same rows in whatever shares the processes and rounds divide them
-        rows = runtime.batch_rows(step, batch_rows, n_rows, seed)
+        # the global batch: the same rows, in whatever shares the processes and rounds divide them
+        rows = runtime.batch_rows(step - 1, batch_rows, n_rows, seed)
         n_targets = sum(min(max_seq_len, len(train) - 1 - int(row) * max_seq_len) for row in rows)
         rounds = runtime.micro_batches(rows, micro_batch, process)
         nats = torch.zeros((), device=process.device)                  # summed on the device: no wait in between
         for i, mine in enumerate(rounds):
             x, y, cu_seqlens = read_batch(train, mine, tok, process.device)
-            # gradients are exchanged once, with the last round's; DDP decides that in the forward pass already
-            with forward.no_sync() if process.world_size > 1 and i < len(rounds) - 1 else nullcontext():
+            # gradients are exchanged once, in the last round; DDP decides that in the forward pass already
+            with nullcontext() if i == len(rounds) - 1 else forward.no_sync():
                 with autocast:
                     loss = forward(x, y, cu_seqlens)                   # summed over the targets, not averaged
                 # DDP averages over the processes: world_size gives that back, and the mean is over the global batch
@@ -219,54 +172,43 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
         nats, asked = runtime.total([nats, bool(stop)], process)
         train_loss = nats / n_targets
-        if math.isfinite(grad_norm) and math.isfinite(train_loss):
+        if math.isfinite(grad_norm + train_loss):
             for optimizer in optimizers:
                 optimizer.step()
         elif scaler.is_enabled():                                      # float16 overflowed: the scaler now goes lower
             skipped += 1
         else:
-            raise SystemExit(f"step {step + 1}: the loss is {train_loss}, the gradient's norm {grad_norm}; {last_path} is "
-                             "from before that: --resume with a lower learning rate")
+            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it was "
+                             f"saved: --resume goes on from {out_dir}/last.pt, with a lower learning rate for instance")
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-        step += 1
-        seen += n_targets
-        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=optimizers[0].param_groups[0]["lr"], loss=train_loss,
-                   grad_norm=grad_norm)
-        bar.update()
-        if process.is_main and (step % log_interval == 0 or step == max_steps):
-            speed = seen / (time.perf_counter() - clock)
-            left = (max_steps - step) * batch_rows * max_seq_len / speed
-            tqdm.write(f"step {step:>6}/{max_steps}  loss {train_loss:.4f}  lr {row['lr']:.2e}  norm {grad_norm:.2f}  "
-                       f"{speed:,.0f} tokens/s  {runtime.seconds_as_text(left)} left" + f"  {skipped} skipped" * bool(skipped))
-            clock, seen = time.perf_counter(), 0
-        if step % eval_interval == 0 or step == max_steps:
-            began = time.perf_counter()
-            row["val_loss"], row["val_bpb"] = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
-            if process.is_main:
-                tqdm.write(f"step {step:>6}/{max_steps}  validation: {row['val_loss']:.4f} nats per token, "
-                           f"{row['val_bpb']:.4f} bits per byte")
-                sample(model, tok, autocast, process)
-            if row["val_loss"] < best:
-                best = row["val_loss"]
-                save("best.pt", val_loss=best, val_bpb=row["val_bpb"])
-            clock += time.perf_counter() - began
+        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)
+        meter.step(row, n_targets, skipped, log_interval)
+        evaluating = step % eval_interval == 0 or step == max_steps
+        if evaluating:
+            with meter.paused():
+                val_loss, val_bpb = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
+                process.print(f"step {step:>6}  validation: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
+                if process.is_main:
+                    sample(model, tok, autocast, process)
+                if val_loss < best:
+                    best = val_loss
+                    save("best.pt", val_loss=val_loss, val_bpb=val_bpb)
+            row.update(val_loss=val_loss, val_bpb=val_bpb)
         log.row(**row)
-        if step % eval_interval == 0 or step == max_steps or asked or (save_interval and step % save_interval == 0):
+        if evaluating or asked or (save_interval and step % save_interval == 0):
             save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
                  skipped=skipped)
         if asked:
-            bar.close()
-            process.print(f"stopped after step {step}, saved in {last_path}; go on with --resume")
+            process.print(f"stopped after step {step}, saved in {out_dir}/last.pt; --resume goes on")
             break
-    else:
-        bar.close()
-        if process.is_main:
-            log.flush()
-            print(f"best validation loss {best:.4f}; {out_dir}/best.pt, {out_dir}/log.csv, "
-                  f"{runtime.draw_curve(f'{out_dir}/log.csv', f'pretraining, {model.n_params() / 1e6:.1f} M parameters')}")
+    meter.close()
+    log.flush()
+    if process.is_main:
+        print(f"best validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
+              f"{runtime.draw_curve(out_dir, f'pretraining, {model.n_params() / 1e6:.1f} M parameters')}")
     runtime.finish()
 
 

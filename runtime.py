@@ -11,12 +11,14 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import config
 
@@ -44,15 +46,19 @@ class Process:
         return self.rank == 0
 
     def print(self, *words):
+        """Print, on the main process only and above the progress bar."""
         if self.is_main:
-            print(*words, flush=True)
+            tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
 
 
-def start(device="auto"):
+def start(device, batch_rows=1, constants=()):
     """Join the processes that torchrun started, or be the only one; returns a Process.
 
     device: auto (CUDA, else Apple's MPS, else CPU) or one of cuda, mps, cpu. CUDA processes talk through NCCL, CPU
-    processes through gloo. Raises SystemExit where the device is not there.
+    processes through gloo. Raises SystemExit, before any process waits for another, where the device is not there or
+    batch_rows, the rows of the global batch, do not give every process one; and behind that if the processes were
+    started with different constants.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -70,10 +76,15 @@ def start(device="auto"):
         torch.set_float32_matmul_precision("high")          # TF32 for what is left in float32
     if kind == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // local_size))         # torchrun sets 1 where nothing is set
+    if batch_rows < world_size:
+        raise SystemExit(f"batch_tokens is {batch_rows} rows of max_seq_len tokens, and there are {world_size} processes: "
+                         "each needs a row at least")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    return Process(rank, local_rank, world_size, device)
+    process = Process(rank, local_rank, world_size, device)
+    check_equal(constants, process)
+    return process
 
 
 def finish():
@@ -146,6 +157,38 @@ def matmul_rate(device, dtype):
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - begin)
     return 2 * n**3 / min(seconds)
+
+
+def parallel(model, process):
+    """The model in DistributedDataParallel, with one process as it is; both have no_sync()."""
+    if process.world_size == 1:
+        model.no_sync = nullcontext
+        return model
+    return DistributedDataParallel(model, device_ids=[process.local_rank] if process.device.type == "cuda" else None)
+
+
+def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows):
+    """Say before the first step what the run is and what it will cost."""
+    T = model.config.max_seq_len
+    tokens, a_round = steps * batch_rows * T, min(micro_batch, math.ceil(batch_rows / process.world_size))
+    memory = model.bytes_to_train(a_round * T, 4 if dtype == "float32" else 2)
+    flops, rate = model.flops_per_token(T), matmul_rate(process.device, dtype)
+    seconds = tokens * flops / (0.35 * rate * process.world_size)
+    process.print(f"""\
+device      {process.world_size} x {process.device.type}, products in {dtype}
+parameters  {model.n_params():,}, of which {model.embedding.weight.numel():,} embed the tokens
+step        {batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {a_round} at a time in each process
+training    {steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} epochs of {n_rows:,} rows
+memory      about {memory / 2**30:.1f} GiB a process: weights, gradients, moments, activations of {a_round} rows, logits
+time        about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {process.world_size} x {rate:.3g} FLOP/s)""")
+
+
+def to_device(array, device):
+    """A numpy array, or None, as a tensor there; the copy to a GPU does not wait for the GPU's work."""
+    if array is None:
+        return None
+    t = torch.from_numpy(array)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def seconds_as_text(seconds):
@@ -248,10 +291,78 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+def open_run(out_dir, resume, overwrite, shape, tok):
+    """The checkpoint to go on with, or None to start anew. SystemExit rather than lose a run or mix two."""
+    path = f"{out_dir}/last.pt"
+    if not os.path.exists(path):
+        if resume:
+            print(f"{path}: not there yet, nothing to resume; starting at step 0", flush=True)
+        return None
+    if not resume and not overwrite:
+        raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts beside it, --overwrite "
+                         "starts anew in its place")
+    if not resume:
+        return None
+    saved = load_checkpoint(path)
+    differ = [f"{name} ({saved['shape'][name]}, now {value})" for name, value in shape.items()
+              if saved["shape"][name] != value]
+    if saved["tokenizer_sha256"] != tok.sha256:
+        differ.append(f"tokenizer ({saved['tokenizer']}, now {tok.name})")
+    if differ:
+        raise SystemExit(f"{path} was made with another {', '.join(differ)}; give the constants of that run")
+    return saved
+
+
+def restore(saved, model, optimizers, scaler):
+    """Put a saved run's state back; returns (steps done, best validation loss, steps skipped).
+
+    That is all there is: the order of the data is a function of the step, and nothing else is random in training.
+    """
+    if saved is None:
+        return 0, math.inf, 0
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["best"], saved["skipped"]
+
+
+class Meter:
+    """The progress bar, and a printed line every few steps with the speed since the last one."""
+
+    def __init__(self, start, max_steps, process):
+        self.max_steps, self.process = max_steps, process
+        self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if process.is_main else True)
+        self.clock, self.targets = time.perf_counter(), 0
+
+    def step(self, row, targets, skipped, interval):
+        self.bar.update()
+        self.targets += targets
+        if row["step"] % interval and row["step"] != self.max_steps:
+            return
+        speed = self.targets / (time.perf_counter() - self.clock)
+        left = (self.max_steps - row["step"]) * row["tokens"] / row["step"] / speed
+        self.process.print(f"step {row['step']:>6}/{self.max_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                           f"norm {row['grad_norm']:.2f}  {speed:,.0f} tokens/s  {seconds_as_text(left)} left"
+                           + f"  {skipped} skipped" * (skipped > 0))
+        self.clock, self.targets = time.perf_counter(), 0
+
+    @contextmanager
+    def paused(self):
+        """Validation does not count in the speed of training."""
+        began = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began
+
+    def close(self):
+        self.bar.close()
+
+
 class Log:
     """log.csv, one row a step, written by the main process only. After resuming no step is there twice."""
 
-    def __init__(self, path, columns, last_step, process):
+    def __init__(self, path, last_step, process):
+        columns = ["step", "tokens", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
         self.file = None
         if process.is_main:
             kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
@@ -282,15 +393,15 @@ def read_log(path):
     return list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
 
 
-def draw_curve(path, title):
-    """log.csv -> curve.png beside it, loss over steps; returns the picture's path, or a sentence if it is not drawn."""
+def draw_curve(out_dir, title):
+    """log.csv -> curve.png, loss over steps; returns the picture's path, or a sentence why it is not drawn."""
     try:
         import matplotlib
     except ImportError:
         return "no curve drawn: pip install matplotlib"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_log(path)
+    rows = read_log(f"{out_dir}/log.csv")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], lw=1, alpha=0.6, label="training")
     seen = [r for r in rows if r["val_loss"]]
@@ -298,7 +409,7 @@ def draw_curve(path, title):
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = os.path.join(os.path.dirname(path), "curve.png")
+    picture = f"{out_dir}/curve.png"
     with config.whole_file(picture, "wb") as f:
         figure.savefig(f, format="png", dpi=120)
     plt.close(figure)

@@ -1,0 +1,244 @@
+"""Fine-tune: the bins of prepare_sft.py and a pretrained checkpoint -> a model that answers.
+
+    python sft.py                                            one GPU, a Mac, or the CPU
+    torchrun --nproc_per_node=4 sft.py                       four GPUs of one machine
+
+The loop is that of pretrain.py; `diff pretrain.py sft.py` shows what is different about fine-tuning. Writes to out_dir:
+last.pt (everything that --resume needs), best.pt (the lowest validation loss), log.csv and curve.png.
+"""
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import config
+import runtime
+import tokenizer as tokenizers
+from model import IGNORE, Model, generate, make_optimizers
+
+# data
+checkpoint     = "out/pretrain/best.pt"  # the pretrained model to start from
+tokenizer      = "data/tokenizer.model"  # the one that prepare_sft.py was given
+data_dir       = "data/sft"              # {train,val}.{bin,mask,idx}, meta.json
+out_dir        = "out/sft"               # last.pt, best.pt, log.csv, curve.png
+resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
+overwrite      = False                   # start anew although out_dir holds a run
+mask_documents = True                    # examples packed into one row do not see each other
+# optimization; a step is an optimizer step
+batch_tokens   = 16_384                  # tokens per step over all processes; gradient accumulation follows from it
+micro_batch    = 16                      # rows per process and forward pass; halve it when memory runs out
+epochs         = 2.0                     # passes over the examples
+max_steps      = 0                       # steps; 0: as many as epochs asks for
+lr             = 1e-3                    # peak learning rate of AdamW (embeddings, head, norms)
+muon_lr        = 1e-3                    # peak learning rate of Muon (all other matrices); 0: AdamW for everything
+lr_min         = 0.1                     # where the cosine ends, as a fraction of the peak
+warmup_steps   = 20                      # linear warm-up
+weight_decay   = 0.1                     # on matrices only
+grad_clip      = 1.0                     # largest norm of the gradient
+seed           = 1337                    # of the order of the data
+# machine
+device         = "auto"                  # auto | cuda | mps | cpu
+dtype          = "auto"                  # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
+compile        = "auto"                  # auto (on CUDA) | on | off: torch.compile, a minute at the start, faster steps
+# watching
+eval_interval  = 100                     # steps between validations; last.pt is saved then, and best.pt if it is best
+eval_tokens    = 1_048_576               # validate on this many tokens at most
+save_interval  = 0                       # steps between further saves of last.pt; 0: only at validations
+log_interval   = 10                      # steps between printed lines
+sample_prompts = "你好！|你是谁？|天空是什么颜色的？"  # answered at every validation; separated by |, empty: none
+sample_tokens  = 80                      # tokens of each answer at most
+constants = config.override(globals())
+
+
+def pack(lengths, size):
+    """Best-fit decreasing: put examples of `lengths` inputs into as few rows of `size` as it finds; a list of lists.
+
+    The longest example goes first, each into the fullest row that still has room for it (Johnson 1973).
+    """
+    rows, by_room, rooms = [], [[] for _ in range(size + 1)], 0        # bit r of rooms: a row with room r is there
+    for i in np.argsort(-lengths, kind="stable"):
+        n = int(lengths[i])
+        enough = rooms >> n
+        room = n + (enough & -enough).bit_length() - 1 if enough else size
+        row = by_room[room].pop() if enough else []
+        if not row:
+            rows.append(row)
+        elif not by_room[room]:
+            rooms &= ~(1 << room)
+        row.append(int(i))
+        by_room[room - n].append(row)
+        rooms |= 1 << (room - n)
+    return rows
+
+
+class Examples:
+    """The examples of one split, packed into rows of max_seq_len inputs.
+
+    rows: list of lists of examples; targets (len(rows),): the tokens of each row that the loss counts.
+    """
+
+    def __init__(self, part, counts, size):
+        path = f"{data_dir}/{part}"
+        self.tokens = runtime.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py")
+        self.mask = runtime.open_bin(f"{path}.mask", "u1", counts["tokens"], "prepare_sft.py")
+        self.starts = runtime.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
+        self.rows = pack(np.diff(self.starts) - 1, size)               # n tokens are n - 1 inputs, each with a target
+        self.size = size
+        self.targets = np.array([sum(int(self.mask[self.starts[i] + 1:self.starts[i + 1]].sum()) for i in row)
+                                 for row in self.rows])
+
+
+def read_batch(data, rows, tok, device):
+    """Rows of packed examples as inputs and targets (B, T) and the starts of the examples (cu_seqlens).
+
+    The target is the next token where that is part of an answer, and IGNORE everywhere else.
+    """
+    shape = len(rows), data.size
+    x, y, starts = np.full(shape, tok.pad_id), np.full(shape, IGNORE), np.zeros(shape, dtype=bool)
+    for b, row in enumerate(rows):
+        at = 0
+        for i in data.rows[row]:
+            ids, mask = (a[data.starts[i]:data.starts[i + 1]] for a in (data.tokens, data.mask))
+            end = at + len(ids) - 1
+            x[b, at:end], y[b, at:end], starts[b, at] = ids[:-1], np.where(mask[1:], ids[1:], IGNORE), True
+            at = end
+        starts[b, at:at + 1] = True                                    # the padding, where there is some
+    cu_seqlens = np.append(np.flatnonzero(starts), x.size).astype(np.int32) if mask_documents else None
+    return [runtime.to_device(a, device) for a in (x, y, cu_seqlens)]
+
+
+def schedule(step):
+    """Learning rate of a step, counted from 1, as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
+    if step <= warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return lr_min + (1 - lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model, data, n_rows, tok, token_bytes, autocast, process):
+    """Mean loss of the answers in nats per token and in bits per byte, over n_rows rows, shared by all processes."""
+    nats, targets, n_bytes = [], 0, 0
+    for rows in runtime.micro_batches(np.arange(n_rows), micro_batch, process):
+        x, y, cu_seqlens = read_batch(data, rows, tok, process.device)
+        with autocast:
+            nats.append(model(x, y, cu_seqlens))
+        counted = y[y != IGNORE].cpu().numpy()
+        targets, n_bytes = targets + len(counted), n_bytes + int(token_bytes[counted].sum())
+    nats, targets, n_bytes = runtime.total([sum(n.item() for n in nats), targets, n_bytes], process)
+    return nats / targets, nats / math.log(2) / n_bytes
+
+
+def sample(model, tok, autocast, process):
+    """Print the most likely answers to sample_prompts."""
+    for question in filter(None, sample_prompts.split("|")):
+        with autocast:
+            ids = [row[0] for row in generate(model, [tok.prompt([{"role": "user", "content": question}])], sample_tokens,
+                                              temperature=0, stop_ids=tok.stop_ids)]
+        print(f"  | {question} -> {tok.decode(ids)}".replace("\n", "\n  | "), flush=True)
+
+
+def main():
+    global max_steps
+    tok = tokenizers.load(tokenizer)
+    meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
+    pretrained = runtime.load_checkpoint(checkpoint)
+    if pretrained["tokenizer_sha256"] != tok.sha256:
+        raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
+    shape = pretrained["shape"]
+    max_seq_len = shape["max_seq_len"]
+    if meta["longest"] - 1 > max_seq_len:
+        raise SystemExit(f"{data_dir}: the longest example has {meta['longest']} tokens, the model of {checkpoint} reads "
+                         f"{max_seq_len}: run python prepare_sft.py --max_seq_len={max_seq_len}")
+    saved = runtime.open_run(out_dir, resume, overwrite, shape, tok)
+    train, val = (Examples(part, meta[part], max_seq_len) for part in ("train", "val"))
+    n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
+    batch_rows = batch_tokens // max_seq_len
+    max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
+    process = runtime.start(device, batch_rows, constants)
+    dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
+
+    model = Model.from_state(shape, pretrained["model"]).to(process.device)
+    optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
+    start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    forward = runtime.parallel(runtime.compiled(model, compile, process.device), process)
+    runtime.announce(model, process, dtype_name, (max_steps - start), batch_rows, micro_batch, n_rows)
+    log = runtime.Log(f"{out_dir}/log.csv", start, process)
+    token_bytes = np.array([len(piece) for piece in tok.pieces])
+
+    def save(name, **more):
+        if process.is_main:
+            log.flush()                                                # never behind a checkpoint
+            runtime.save_checkpoint(f"{out_dir}/{name}", {
+                "stage": "sft", "model": model.state_dict(), "shape": shape, "step": step,
+                "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+
+    stop, meter = runtime.StopRequest(), runtime.Meter(start, max_steps, process)
+    for step in range(start + 1, max_steps + 1):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(step)
+
+        # the global batch: the same rows, in whatever shares the processes and rounds divide them
+        rows = runtime.batch_rows(step - 1, batch_rows, n_rows, seed)
+        n_targets = int(train.targets[rows].sum())                     # answer tokens, over all processes and rounds
+        rounds = runtime.micro_batches(rows, micro_batch, process)
+        nats = torch.zeros((), device=process.device)                  # summed on the device: no wait in between
+        for i, mine in enumerate(rounds):
+            x, y, cu_seqlens = read_batch(train, mine, tok, process.device)
+            # gradients are exchanged once, in the last round; DDP decides that in the forward pass already
+            with nullcontext() if i == len(rounds) - 1 else forward.no_sync():
+                with autocast:
+                    loss = forward(x, y, cu_seqlens)                   # summed over the targets, not averaged
+                # DDP averages over the processes: world_size gives that back, and the mean is over the global batch
+                scaler.scale(loss * (process.world_size / n_targets)).backward()
+            nats += loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+        nats, asked = runtime.total([nats, bool(stop)], process)
+        train_loss = nats / n_targets
+        if math.isfinite(grad_norm + train_loss):
+            for optimizer in optimizers:
+                optimizer.step()
+        elif scaler.is_enabled():                                      # float16 overflowed: the scaler now goes lower
+            skipped += 1
+        else:
+            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it was "
+                             f"saved: --resume goes on from {out_dir}/last.pt, with a lower learning rate for instance")
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)
+        meter.step(row, n_targets, skipped, log_interval)
+        evaluating = step % eval_interval == 0 or step == max_steps
+        if evaluating:
+            with meter.paused():
+                val_loss, val_bpb = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
+                process.print(f"step {step:>6}  validation: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
+                if process.is_main:
+                    sample(model, tok, autocast, process)
+                if val_loss < best:
+                    best = val_loss
+                    save("best.pt", val_loss=val_loss, val_bpb=val_bpb)
+            row.update(val_loss=val_loss, val_bpb=val_bpb)
+        log.row(**row)
+        if evaluating or asked or (save_interval and step % save_interval == 0):
+            save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
+                 skipped=skipped)
+        if asked:
+            process.print(f"stopped after step {step}, saved in {out_dir}/last.pt; --resume goes on")
+            break
+    meter.close()
+    log.flush()
+    if process.is_main:
+        print(f"best validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
+              f"{runtime.draw_curve(out_dir, f'fine-tuning, {model.n_params() / 1e6:.1f} M parameters')}")
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main()
