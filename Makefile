@@ -1,0 +1,35 @@
+# make demo   the whole pipeline on a small corpus of our own, in minutes, on a CPU: read what it prints
+# make test   the tests
+# Both make what they need in .venv first. Every line below is a command that can be typed by hand.
+
+PYTHON = .venv/bin/python
+DEMO   = --tokenizer=data/demo/tokenizer.model
+
+demo: .venv/demo
+	$(PYTHON) data/make_demo.py
+	$(PYTHON) train_tokenizer.py --corpora=text:data/demo/stories.jsonl,messages:data/demo/chat.jsonl --vocab_size=2048 --out=data/demo/tokenizer.model
+	$(PYTHON) prepare_pretrain.py $(DEMO) --corpora=text:data/demo/stories.jsonl --data_dir=data/demo/pretrain
+	$(PYTHON) pretrain.py $(DEMO) --data_dir=data/demo/pretrain --out_dir=out/demo/pretrain --overwrite --dim=192 --n_layers=6 --n_heads=6 --max_seq_len=256 --batch_tokens=8192 --max_steps=300 --eval_interval=100
+	$(PYTHON) prepare_sft.py $(DEMO) --corpora=messages:data/demo/chat.jsonl --data_dir=data/demo/sft --max_seq_len=256
+	$(PYTHON) sft.py $(DEMO) --checkpoint=out/demo/pretrain/best.pt --data_dir=data/demo/sft --out_dir=out/demo/sft --overwrite --batch_tokens=8192
+	$(PYTHON) sample.py --checkpoint=out/demo/pretrain/best.pt --prompt=从前 --n_samples=3
+	$(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt --prompt=请讲一个小兔和小熊的故事。
+	$(PYTHON) eval_bleu.py --checkpoint=out/demo/sft/best.pt --questions=data/demo/heldout.jsonl --n_questions=0 --out=out/demo/sft/bleu.md
+	@echo; echo "stories: out/demo/pretrain   answers: out/demo/sft/bleu.md   curves: out/demo/pretrain/curve.png, out/demo/sft/curve.png"
+	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
+
+test: .venv/test
+	$(PYTHON) -m pytest -q tests
+
+.venv/bin/python:
+	python3 -m venv .venv
+
+.venv/demo: .venv/bin/python requirements.txt
+	$(PYTHON) -m pip install --quiet -r requirements.txt matplotlib
+	@touch $@
+
+.venv/test: .venv/demo
+	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers pyarrow zstandard
+	@touch $@
+
+.PHONY: demo test
