@@ -99,7 +99,14 @@ def whole_file(path, mode="w"):
     except BaseException as error:
         if os.path.exists(aside):
             os.remove(aside)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if disk_is_full(error):
             raise SystemExit(f"{path}: the disk is full; what was there before is untouched, "
                              "free some space and run the same command again") from None
         raise
+
+
+def disk_is_full(error):
+    """Whether that is what an exception comes from: torch.save, for one, raises another on top."""
+    while error and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        error = error.__context__
+    return error is not None

@@ -223,8 +223,8 @@ def attend(q, k, v, mask):
 def document_mask(cu_seqlens, shape, weight):
     """What attend() takes for packed documents: cu_seqlens itself where a kernel for it exists, else a bool mask
     (B, 1, T, T) that allows what is earlier and of the same document."""
-    half = torch.is_autocast_enabled("cuda") or weight.dtype in (torch.bfloat16, torch.float16)
-    if cu_seqlens.is_cuda and half:
+    if cu_seqlens.is_cuda and torch.cuda.get_device_capability()[0] >= 8 and (
+            torch.is_autocast_enabled("cuda") or weight.dtype in (torch.bfloat16, torch.float16)):
         return cu_seqlens
     B, T = shape
     starts = torch.zeros(B * T, dtype=torch.int32, device=cu_seqlens.device)

@@ -116,8 +116,8 @@ def main():
     global max_steps
     tok = tokenizers.load(tokenizer)
     meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
-    train, val = (runtime.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py")
-                  for part in ("train", "val"))
+    train, val = (runtime.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py",
+                                   below=tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = (math.ceil((len(data) - 1) / max_seq_len) for data in (train, val))
     n_val_rows = min(n_val_rows, max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len

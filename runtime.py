@@ -260,13 +260,19 @@ def read_meta(path, tokenizer, made_by):
     return meta
 
 
-def open_bin(path, dtype, length, made_by):
-    """A flat array on disk, read where it is touched; SystemExit if it has not the length that meta.json says."""
-    there = os.path.getsize(path) if os.path.exists(path) else -1
-    if there != length * np.dtype(dtype).itemsize:
-        raise SystemExit(f"{path}: {'missing' if there < 0 else f'{there} bytes'} where meta.json says "
-                         f"{length * np.dtype(dtype).itemsize}; run python {made_by} again")
-    return np.memmap(path, dtype=dtype, mode="r") if length else np.zeros(0, dtype)
+def open_bin(path, dtype, length, made_by, below=None):
+    """A flat array on disk, read where it is touched. SystemExit if it has not the length that meta.json says, or holds
+    a number that is not below `below`."""
+    expected = length * np.dtype(dtype).itemsize
+    there = os.path.getsize(path) if os.path.exists(path) else None
+    if there != expected:
+        raise SystemExit(f"{path}: {'missing' if there is None else f'{there:,} bytes'} where meta.json says {expected:,}; "
+                         f"run python {made_by} again")
+    data = np.memmap(path, dtype=dtype, mode="r") if length else np.zeros(0, dtype)
+    for at in range(0, length if below else 0, 1 << 24):
+        if (largest := data[at:at + (1 << 24)].max()) >= below:
+            raise SystemExit(f"{path}: holds token {largest}, but the tokenizer has {below:,}; run python {made_by} again")
+    return data
 
 
 def save_checkpoint(path, state):

@@ -79,15 +79,18 @@ class Examples:
     rows: list of lists of examples; targets (len(rows),): the tokens of each row that the loss counts.
     """
 
-    def __init__(self, part, counts, size):
+    def __init__(self, part, counts, size, vocab_size):
         path = f"{data_dir}/{part}"
-        self.tokens = runtime.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py")
+        self.tokens = runtime.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py", below=vocab_size)
         self.mask = runtime.open_bin(f"{path}.mask", "u1", counts["tokens"], "prepare_sft.py")
         self.starts = runtime.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
-        self.rows = pack(np.diff(self.starts) - 1, size)               # n tokens are n - 1 inputs, each with a target
-        self.size = size
-        self.targets = np.array([sum(int(self.mask[self.starts[i] + 1:self.starts[i + 1]].sum()) for i in row)
-                                 for row in self.rows])
+        lengths = np.diff(self.starts) - 1                             # n tokens are n - 1 inputs, each with a target
+        if lengths.max(initial=0) > size:
+            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and the model of {checkpoint} "
+                             f"reads {size}: run python prepare_sft.py --max_seq_len={size}")
+        self.rows, self.size = pack(lengths, size), size
+        targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if len(lengths) else lengths
+        self.targets = np.array([targets[row].sum() for row in self.rows])
 
 
 def read_batch(data, rows, tok, device):
@@ -100,7 +103,8 @@ def read_batch(data, rows, tok, device):
     for b, row in enumerate(rows):
         at = 0
         for i in data.rows[row]:
-            ids, mask = (a[data.starts[i]:data.starts[i + 1]] for a in (data.tokens, data.mask))
+            part = slice(data.starts[i], data.starts[i + 1])
+            ids, mask = data.tokens[part].astype(np.int64), data.mask[part]
             end = at + len(ids) - 1
             x[b, at:end], y[b, at:end], starts[b, at] = ids[:-1], np.where(mask[1:], ids[1:], IGNORE), True
             at = end
@@ -149,11 +153,8 @@ def main():
         raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
     shape = pretrained["shape"]
     max_seq_len = shape["max_seq_len"]
-    if meta["longest"] - 1 > max_seq_len:
-        raise SystemExit(f"{data_dir}: the longest example has {meta['longest']} tokens, the model of {checkpoint} reads "
-                         f"{max_seq_len}: run python prepare_sft.py --max_seq_len={max_seq_len}")
     saved = runtime.open_run(out_dir, resume, overwrite, shape, tok)
-    train, val = (Examples(part, meta[part], max_seq_len) for part in ("train", "val"))
+    train, val = (Examples(part, meta[part], max_seq_len, tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))

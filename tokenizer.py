@@ -20,6 +20,7 @@ import base64
 import codecs
 import hashlib
 import os
+import re
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]   # ids 4 to 7 of our own models
 SPACE = "\u2581"                                                    # sentencepiece writes a space as this character
@@ -175,11 +176,15 @@ def from_sentencepiece(path):
     def encode_batch(texts):
         return sp.encode(texts, num_threads=1)
 
+    # sentencepiece cannot tell U+2581 from a space, nor write a space that its training text did not have: spell them
+    spelled = {SPACE: [piece_id.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]}
+    if SPACE not in piece_id:
+        spelled[" "] = [piece_id.get("<0x20>")]
+    special = re.compile(f"([{''.join(spelled)}])")
+
     def encode_batch_exactly(texts):
-        """sentencepiece cannot tell the character U+2581 from a space: give it as its three bytes instead."""
-        spelled = [piece_id[f"<0x{byte:02X}>"] for byte in SPACE.encode()]
-        return [encode_around(text, SPACE, spelled, sp.encode) if SPACE in text else ids
-                for text, ids in zip(texts, encode_batch(texts))]
+        return [[id for part in special.split(text) for id in spelled.get(part) or sp.encode(part)]
+                if special.search(text) else ids for text, ids in zip(texts, encode_batch(texts))]
 
     if all(c in piece_id and sp.is_control(piece_id[c]) for c in CONTROLS) and "<0x00>" in piece_id:
         ids = [piece_id[c] for c in CONTROLS]
@@ -198,15 +203,6 @@ def piece_bytes(sp, id):
     if sp.is_control(id) or sp.is_unknown(id) or sp.is_unused(id):
         return b""
     return sp.id_to_piece(id).replace(SPACE, " ").encode("utf-8")
-
-
-def encode_around(text, character, spelled, encode):
-    """The ids of a text in which the ids `spelled` stand for one character that encode() does not preserve."""
-    first, *rest = text.split(character)
-    ids = encode(first)
-    for part in rest:
-        ids += spelled + encode(part)
-    return ids
 
 
 # ---- tiktoken -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python train_tokenizer.py --compare=gpt2,chatglm2/tokenizer.model              others beside it in the report
 
 A sentencepiece BPE that loses nothing: no normalisation, digits one by one, and bytes for characters that are too
-rare for a piece of their own. The report is printed and saved as <tokenizer>.report.json. The same corpora and
+rare for a piece of their own. The report is printed and saved as <out>.report.json. The same corpora and
 constants give the same bytes, in whatever order the documents come.
 """
 import hashlib
@@ -13,9 +13,10 @@ import heapq
 import io
 import json
 import math
+import os
 import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 
 import sentencepiece
 from tqdm import tqdm
@@ -24,15 +25,15 @@ import config
 import corpora as corpus_reader
 import tokenizer as tokenizers
 
-corpora            = "text:data/demo/stories.jsonl"  # what to read: name:path,name:path (python corpora.py lists the names)
-tokenizer          = "data/tokenizer.model"          # the file to write
-vocab_size         = 16_384                          # number of ids, at most 65,536; 256 of them are bytes, 8 control tokens
-sample_bytes       = 60_000_000                      # train on that much, drawn evenly; sentencepiece takes 27 times as much memory
-test_fraction      = 0.01                            # of the documents, chosen by hash, is never trained on: for the report
-test_bytes         = 1_000_000                       # of each corpus at most in the report
-character_coverage = 0.9995                          # share of the text whose characters get a piece each; the rest is bytes
-max_piece_length   = 12                              # characters; longer pieces learn by heart what one corpus repeats
-compare            = ""                              # other tokenizers for the report: files or tiktoken names, by commas
+corpora            = "text:data/demo/stories.jsonl,messages:data/demo/chat.jsonl"  # name:path,... that the model will see
+out                = "data/tokenizer.model"  # the file to write; the report stands beside it
+vocab_size         = 16_384      # number of ids, at most 65,536; 256 of them are bytes and 8 control tokens
+sample_bytes       = 60_000_000  # train on so much, drawn evenly; sentencepiece takes 30 times as much memory
+test_fraction      = 0.01        # of the documents, chosen by hash, is never trained on but kept for the report
+test_bytes         = 1_000_000   # of each corpus at most go into the report
+character_coverage = 0.9995      # share of the text whose characters get a piece each; the others become bytes
+max_piece_length   = 12          # characters; longer pieces learn by heart what one corpus repeats
+compare            = ""          # other tokenizers for the report: files or tiktoken names, separated by commas
 constants = config.override(globals())
 
 CHUNK = 4096          # characters that a training sentence may have: sentencepiece cannot take a word of 65,536
@@ -52,12 +53,8 @@ class Smallest:
         self.bytes += len(text.encode("utf-8", "replace"))
         heapq.heappush(self.heap, -key)
         while self.bytes > self.budget:
-            self.limit = -heapq.heappop(self.heap)                 # from now on nothing from here upwards: order is all one
+            self.limit = -heapq.heappop(self.heap)                 # nothing from here upwards, whenever it comes
             self.bytes -= len(self.texts.pop(self.limit).encode("utf-8", "replace"))
-
-    def cleaned(self):
-        """The texts in the order of their keys, as prepare_pretrain.py cleans them; only what is kept costs that."""
-        return [text for key in sorted(self.texts) if (text := corpus_reader.clean(self.texts[key]))]
 
 
 def hash64(text):
@@ -67,17 +64,29 @@ def hash64(text):
 
 def sample(spec):
     """Read the corpora once: (texts to train on, {corpus: texts to test on}), no document in both."""
-    train, test = Smallest(sample_bytes), defaultdict(lambda: Smallest(test_bytes))
-    for corpus, text in tqdm(corpus_reader.documents(spec), desc="reading", unit=" documents"):
-        if isinstance(text, corpus_reader.Bad):
-            continue                                               # prepare_pretrain.py counts them
-        key = hash64(text)
-        if key < test_fraction * 2**64:
-            test[corpus].offer(key, text)
-            continue
-        for chunk in chunks(text):
-            train.offer(hash64(chunk), chunk)
-    return train.cleaned(), {corpus: texts.cleaned() for corpus, texts in test.items()}
+    table = corpus_reader.CHAT | corpus_reader.TEXT
+    sources = corpus_reader.sources(spec, table)
+    size = sum(os.path.getsize(path) for _, _, files in sources for path in files)
+    train, test = Smallest(sample_bytes), {}
+    with tqdm(total=size, desc="reading", unit="B", unit_scale=True) as bar:
+        for corpus, name, files in sources:
+            test[corpus] = Smallest(test_bytes)
+            for record in (r for path in files for r in corpus_reader.records(path, table[name].cut, bar.update)):
+                try:
+                    text = table[name].read(record)
+                except corpus_reader.Bad:
+                    continue                                       # the prepare scripts count them
+                if isinstance(text, list):                         # a dialogue
+                    text = "\n".join(message["content"] for message in text)
+                held_out = hash64(text) < test_fraction * 2**64
+                for chunk in chunks(text):
+                    (test[corpus] if held_out else train).offer(hash64(chunk), chunk)
+    return cleaned(train), {corpus: cleaned(texts) for corpus, texts in test.items()}
+
+
+def cleaned(sampled):
+    """The texts of a Smallest by their keys, cleaned as prepare_pretrain.py does; only what was kept costs that."""
+    return [text for key in sorted(sampled.texts) if (text := corpus_reader.clean(sampled.texts[key]))]
 
 
 def chunks(text):
@@ -90,34 +99,40 @@ def chunks(text):
 
 
 def coverage(texts):
-    """character_coverage, or less where the characters would take over half of the vocabulary; and how many they are."""
+    """The share of the text whose characters get a piece each: character_coverage, or less in a small vocabulary.
+
+    SystemExit if the vocabulary cannot even hold the characters of 98 % of the text, the least sentencepiece takes.
+    """
     counts = Counter()
     for text in texts:
         counts.update(text)
-    total, seen = sum(counts.values()), 0
+    total, seen, room = sum(counts.values()), 0, (vocab_size - RESERVED) // 2      # the other half is for longer pieces
     for n, (_, count) in enumerate(counts.most_common()):
-        if seen >= character_coverage * total or n == (vocab_size - RESERVED) // 2:
+        if seen >= total * (0.98 if n >= room else character_coverage):
             break
         seen += count
-    return min(character_coverage, seen / total), n
+    if n > 2 * room:
+        raise SystemExit(f"--vocab_size={vocab_size}: too small for the {n:,} characters in 98 % of the text; "
+                         f"--vocab_size={RESERVED + 2 * n} leaves room for longer pieces")
+    if seen < total * character_coverage:
+        print(f"character_coverage lowered from {character_coverage} to {seen / total:.6f}, {n:,} characters")
+    return min(character_coverage, seen / total)
 
 
 def train(texts):
     """The bytes of a sentencepiece model; SystemExit if the vocabulary and the texts do not fit each other."""
     # sentencepiece uses these two characters itself, and leaves out a sentence with the second one without a word
     texts = [text.translate({0x2581: " ", 0x2585: " "}) for text in texts]
-    covered, characters = coverage(texts)
-    if covered < character_coverage:
-        print(f"character_coverage lowered from {character_coverage} to {covered:.6f}: {characters:,} characters, half of the "
-              "vocabulary, get a piece of their own; a larger vocab_size holds more")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, byte_fallback=True, character_coverage=covered,
-            max_sentencepiece_length=max_piece_length, max_sentence_length=16 * CHUNK, control_symbols=tokenizers.CONTROLS,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=1, minloglevel=2)      # the file names its num_threads
+            allow_whitespace_only_pieces=True, split_digits=True, byte_fallback=True,
+            required_chars=tokenizers.SPACE,                      # or a text without blanks makes a model that has none
+            character_coverage=coverage(texts), max_sentencepiece_length=max_piece_length,
+            max_sentence_length=16 * CHUNK, control_symbols=tokenizers.CONTROLS, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+            num_threads=1, minloglevel=2)                          # num_threads is written into the file: not all cores
     except RuntimeError as error:
         at_most = re.search(r"set it to a value <= (\d+)", str(error))
         if not at_most:
@@ -129,7 +144,7 @@ def train(texts):
 
 def measure(tok, texts):
     """How a tokenizer does on some texts: sums, which may be added up, as a Counter."""
-    sums = Counter(documents=len(texts), characters=0, bytes=0, tokens=0, round_trip_failures=0)
+    sums = Counter(texts=len(texts), characters=0, bytes=0, tokens=0, round_trip_failures=0)
     for text, ids in zip(texts, tok.encode_batch(texts)):
         sums += Counter(characters=len(text), bytes=len(text.encode("utf-8")), tokens=len(ids),
                         round_trip_failures=int(tok.decode(ids) != text))
@@ -143,22 +158,24 @@ def report(toks, test):
         sums = {corpus: measure(tok, texts) for corpus, texts in test.items()}
         sums["all"] = sum(sums.values(), Counter())
         figures[tok.name] = {corpus: {
-            **{name: s[name] for name in ("documents", "characters", "bytes", "tokens", "round_trip_failures")},
+            **{name: s[name] for name in ("texts", "characters", "bytes", "tokens", "round_trip_failures")},
             "characters_per_token": round(s["characters"] / max(s["tokens"], 1), 4),
             "bytes_per_token": round(s["bytes"] / max(s["tokens"], 1), 4)} for corpus, s in sums.items()}
     return figures
 
 
-def print_report(figures, toks, longest):
-    """The figures as a table, one row per tokenizer and corpus."""
-    print(f"\nheld-out text{'':<21}{'vocabulary':>12}{'documents':>11}{'characters':>12}{'tokens':>10}"
-          f"{'chars/token':>13}{'bytes/token':>13}{'not the same':>14}")
-    for tok in toks:
-        for corpus, f in figures[tok.name].items():
-            print(f"{tok.name[-22:]:<23}{corpus[:10]:<11}{tok.vocab_size:>12,}{f['documents']:>11,}{f['characters']:>12,}"
-                  f"{f['tokens']:>10,}{f['characters_per_token']:>13.3f}{f['bytes_per_token']:>13.3f}"
-                  f"{f['round_trip_failures']:>14}")
-    print("not the same: documents that decoding does not give back exactly\nlongest pieces: " + " ".join(longest))
+def print_report(figures, longest):
+    """The figures as a table: a row for each corpus and tokenizer."""
+    corpora, toks = list(next(iter(figures.values()))), list(figures)
+    widths = max(map(len, corpora + ["held-out text"])) + 2, max(map(len, toks)) + 2
+    print(f"\n{'held-out text':<{widths[0]}}{'tokenizer':<{widths[1]}}{'texts':>7}{'characters':>12}{'tokens':>10}"
+          f"{'chars/token':>13}{'bytes/token':>13}{'round-trip failures':>21}")
+    for corpus in corpora:
+        for tok in toks:
+            f = figures[tok][corpus]
+            print(f"{corpus:<{widths[0]}}{tok:<{widths[1]}}{f['texts']:>7,}{f['characters']:>12,}{f['tokens']:>10,}"
+                  f"{f['characters_per_token']:>13.3f}{f['bytes_per_token']:>13.3f}{f['round_trip_failures']:>21}")
+    print("longest pieces: " + " ".join(longest))
 
 
 def longest_pieces(tok, n=20):
@@ -167,30 +184,43 @@ def longest_pieces(tok, n=20):
     return [json.dumps(word, ensure_ascii=False) for word in sorted(words, key=len, reverse=True)[:n]]
 
 
-def main():
+def check_constants():
+    """SystemExit with one sentence for constants that cannot work."""
     if not RESERVED + 16 <= vocab_size <= 65_536:
         raise SystemExit(f"--vocab_size={vocab_size}: must be between {RESERVED + 16} (control tokens, bytes and a few "
                          "characters) and 65,536 (ids are stored in 16 bits)")
-    others = [tokenizers.load(name.strip()) for name in compare.split(",") if name.strip()]     # a wrong name: say so now
+    if not 0 <= test_fraction < 1:
+        raise SystemExit(f"--test_fraction={test_fraction}: must be at least 0 and below 1")
+    if not 0.98 <= character_coverage <= 1:
+        raise SystemExit(f"--character_coverage={character_coverage}: must be between 0.98 and 1")
+    if not 1 <= max_piece_length <= 64:
+        raise SystemExit(f"--max_piece_length={max_piece_length}: must be between 1 and 64 characters")
+    if min(sample_bytes, test_bytes) < 1:
+        raise SystemExit(f"--sample_bytes={sample_bytes} --test_bytes={test_bytes}: must be at least 1")
+
+
+def main():
+    check_constants()
+    others = [tokenizers.load(name.strip()) for name in compare.split(",") if name.strip()]   # say now if one is wrong
     start = time.time()
     texts, test = sample(corpora)
     if not texts:
         raise SystemExit(f"{corpora}: no text to train on")
-    print(f"training on {sum(map(len, texts)):,} characters in {len(texts):,} pieces of text, {time.time() - start:.0f} s so far")
+    print(f"training on {sum(map(len, texts)):,} characters in {len(texts):,} texts")
     model = train(texts)
-    with config.whole_file(tokenizer, "wb") as f:
+    with config.whole_file(out, "wb") as f:
         f.write(model)
-    toks = [tokenizers.load(tokenizer)] + others
+    toks = [tokenizers.load(out)] + others
     figures, longest = report(toks, test), longest_pieces(toks[0])
-    with config.whole_file(f"{tokenizer}.report.json") as f:
+    with config.whole_file(f"{out}.report.json") as f:
         json.dump({"constants": constants, "sha256": toks[0].sha256, "held_out": figures, "longest_pieces": longest},
                   f, ensure_ascii=False, indent=1)
-    print_report(figures, toks, longest)
-    print(f"wrote {tokenizer} ({toks[0].vocab_size:,} pieces, sha256 {toks[0].sha256[:8]}) in {time.time() - start:.0f} s")
-    if not test:
-        print(f"no document was held out of so few: the report is empty; --test_fraction={min(test_fraction * 10, 0.5)} takes more")
-    if figures[tokenizer]["all"]["round_trip_failures"]:
-        raise SystemExit(f"{tokenizer}: some held-out text does not decode to itself; this is a bug, please report it")
+    print_report(figures, longest)
+    print(f"wrote {out}: {vocab_size:,} pieces, sha256 {toks[0].sha256[:8]}, {time.time() - start:.0f} s")
+    if not any(test.values()):
+        print("the report is empty: of so few documents none was held out; perhaps --test_fraction=0.2")
+    if figures[out]["all"]["round_trip_failures"]:
+        raise SystemExit(f"{out}: some held-out text does not decode to itself; this is a bug, please report it")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""What several test files need: a tiny tokenizer, tiny bins, and the scripts as subprocesses."""
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"           # read when torch is imported: the tests share the machine, and sums agree
+
+WHO, WHERE = "小猫 小狗 老师 妈妈 弟弟 月亮 大象 船长".split(), "河边 学校 山上 花园 家里 海上".split()
+DID = "看见了一朵花 唱了一首歌 做了一个梦 丢了三块钱 找到了朋友 喝了一杯热茶".split()
+QUESTIONS = {"你好！": "你好！", "你是谁？": "我是小助手。", "天空是什么颜色的？": "蓝色的。", "一加一是几？": "二。"}
+
+
+def story(rng, sentences):
+    return "从前，" + "".join(f"{rng.choice(WHO)}在{rng.choice(WHERE)}{rng.choice(DID)}。" for _ in range(sentences))
+
+
+def dialogue(rng, turns):
+    messages = [{"role": "system", "content": "简短回答。"}] * rng.randrange(2)
+    for question, answer in rng.choices(list(QUESTIONS.items()), k=turns):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def train_tokenizer(path, vocab_size, seed=0):
+    """A sentencepiece file like those of train_tokenizer.py; returns it loaded."""
+    import sentencepiece
+    import tokenizer
+    rng, model = random.Random(seed), io.BytesIO()
+    texts = [story(rng, 5) for _ in range(100)] + [q + a for q, a in QUESTIONS.items()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        control_symbols=tokenizer.CONTROLS, unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=1, minloglevel=2)
+    path.write_bytes(model.getvalue())
+    return tokenizer.load(str(path))
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory):
+    """A tokenizer of 400 pieces, ours in every respect."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 400)
+
+
+@pytest.fixture(scope="session")
+def other_tok(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("other") / "other.model", 380, seed=1)
+
+
+def write_meta(folder, tok, **parts):
+    meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
+            "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": 0, **parts}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def write_pretrain(folder, tok, train, val):
+    """The bins of prepare_pretrain.py, from lists of texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for part, texts in (("train", train), ("val", val)):
+        ids = [i for text in texts for i in tok.encode(text) + [tok.eos_id]]
+        np.array(ids, dtype="<u2").tofile(folder / f"{part}.bin")
+        parts[part] = {"documents": len(texts), "tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts)}
+    write_meta(folder, tok, **parts)
+    return folder
+
+
+def write_sft(folder, tok, train, val):
+    """The bins of prepare_sft.py, from lists of dialogues."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, longest = {}, 0
+    for part, dialogues in (("train", train), ("val", val)):
+        rendered = [tok.render(messages) for messages in dialogues]
+        ids, mask = ([i for r in rendered for i in r[k]] for k in (0, 1))
+        np.array(ids, dtype="<u2").tofile(folder / f"{part}.bin")
+        np.array(mask, dtype="u1").tofile(folder / f"{part}.mask")
+        np.cumsum([0] + [len(r[0]) for r in rendered]).astype("<i8").tofile(folder / f"{part}.idx")
+        parts[part] = {"examples": len(rendered), "tokens": len(ids), "targets": sum(mask), "bytes": 0}
+        longest = max([longest] + [len(r[0]) for r in rendered])
+    write_meta(folder, tok, **parts, longest=longest)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrain_dir(tok, tmp_path_factory):
+    """train: documents of very different lengths, about 1,500 tokens and no multiple of any row; val: a few."""
+    rng = random.Random(2)
+    texts = [story(rng, rng.choice([1, 1, 2, 3, 9])) for _ in range(40)] + ["好"]
+    return write_pretrain(tmp_path_factory.mktemp("pretrain"), tok, texts, [story(rng, 3) for _ in range(5)])
+
+
+@pytest.fixture(scope="session")
+def sft_dir(tok, tmp_path_factory):
+    rng = random.Random(3)
+    return write_sft(tmp_path_factory.mktemp("sft"), tok, [dialogue(rng, rng.choice([1, 1, 2, 3])) for _ in range(40)],
+                     [dialogue(rng, 1) for _ in range(5)])
+
+
+def run(script, cwd, *args, stdin="", torchrun=0, code=None, timeout=200):
+    """Run a script of the project and return .rc, .out, .err; torchrun: this many processes; code: Python that runs first."""
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--rdzv_backend=c10d",
+                    "--rdzv_endpoint=localhost:0"]
+    if code:
+        command += ["-c", f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+                          f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"]
+    else:
+        command.append(str(ROOT / script))
+    done = subprocess.run([*command, *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True,
+                          encoding="utf-8", timeout=timeout, env={**os.environ, "PYTHONUTF8": "1"})
+    return SimpleNamespace(rc=done.returncode, out=done.stdout, err=done.stderr)

@@ -1,0 +1,146 @@
+"""config.py: constants from the command line, and files that are whole or absent."""
+import ast
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+import config
+
+ROOT = Path(config.__file__).parent
+SCRIPT = '''"""A script."""
+import math
+LETTERS = ["a"]
+steps   = 1_000              # optimizer steps
+rate    = 3e-4               # of learning; "#" stands in here
+shift   = -1                 # below zero
+name    = "out/a # b"        # a folder
+compile = False              # faster
+constants = config.override(globals())
+later   = 3                  # no constant: it stands below
+'''
+
+
+@pytest.fixture
+def override(tmp_path):
+    """override(*arguments) -> the constants of SCRIPT, run with them."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+
+    def call(*argv):
+        namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": "A script.", "later": 3, "LETTERS": ["a"],
+                     "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False}
+        constants = config.override(namespace, list(argv))
+        assert all(namespace[key] == value for key, value in constants.items())
+        return constants
+    return call
+
+
+def refused(call, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        call(*argv)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code    # one sentence, exit code 1
+    return stopped.value.code
+
+
+def test_without_arguments_the_constants_are_those_of_the_file(override):
+    assert override() == {"steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False}
+
+
+@pytest.mark.parametrize("argument, name, value", [
+    ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
+    ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
+    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--name=", "name", ""), ("--name=从前", "name", "从前")])
+def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
+    changed = override(argument)
+    assert changed[name] == value and type(changed[name]) is type(value)
+    assert {**override(), name: value} == changed
+
+
+@pytest.mark.parametrize("argument, said", [
+    ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"), ("--rate=inf", "float"),
+    ("--compile=maybe", "bool"), ("--steps", "needs a value"), ("steps=3", "--name=value"), ("--step=3", "--steps"),
+    ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
+    ("--=1", "no constant"), ("--__name__=x", "no constant")])
+def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
+    assert said in refused(override, argument)
+
+
+def test_a_value_is_never_evaluated(override, tmp_path):
+    attack = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    assert override(f"--name={attack}")["name"] == attack
+    refused(override, f"--steps={attack}")
+    refused(override, "--steps=3+4")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_help_prints_every_constant_with_default_and_comment(override, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        override("--help")
+    assert stopped.value.code == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    shown = {line[1]: line[-1].strip() for line in lines if len(line) > 1}
+    assert shown == {"--steps=1000": "optimizer steps", "--rate=0.0003": 'of learning; "#" stands in here',
+                     "--shift=-1": "below zero", "--name='out/a # b'": "a folder", "--compile=False": "faster"}
+
+
+def test_an_imported_script_ignores_the_command_line(override, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest", "--steps=9", "-q"])
+    namespace = {"__name__": "script", "__file__": str(tmp_path / "script.py"), "__doc__": "", "steps": 1000, "rate": 3e-4,
+                 "shift": -1, "name": "", "compile": False}
+    assert config.override(namespace)["steps"] == 1000
+    assert config.override({**namespace, "__name__": "__mp_main__"}, ["--steps=9"])["steps"] == 9   # a spawned worker
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py") if "override(globals())" in p.read_text("utf-8")
+                                          and p.name != "config.py"))
+def test_every_constant_of_every_script_has_a_comment(script):
+    comments = config.constants_of(ROOT / script)
+    assert comments and [name for name, comment in comments.items() if not comment] == []
+    tree = ast.parse((ROOT / script).read_text("utf-8"))
+    assert ast.get_docstring(tree), "--help prints the docstring"
+
+
+def test_a_whole_file_takes_its_name_only_at_the_end(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with config.whole_file(str(path)) as f:
+        f.write("从前\n")
+        assert not path.exists()
+    assert path.read_bytes() == "从前\n".encode()                        # UTF-8 and \n on every system
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), OSError(errno.EIO, "broken disk")])
+def test_when_the_writer_raises_the_old_file_stays_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)):
+        with config.whole_file(str(path), "wb") as f:
+            f.write(b"new")
+            raise error
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def write():
+        with config.whole_file(str(path), "wb") as f:
+            f.write(b"new")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = refused(write)
+    assert "disk is full" in said and str(path) in said
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("numbers", [10, 100_000])                       # fails in flush(), and in write() already
+def test_a_checkpoint_on_a_full_disk_ends_in_one_sentence(tmp_path, numbers):
+    torch, runtime = pytest.importorskip("torch"), pytest.importorskip("runtime")
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    os.symlink("/dev/full", f"{path}.tmp")
+    assert "disk is full" in refused(runtime.save_checkpoint, str(path), {"x": torch.zeros(numbers)})
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,327 @@
+"""model.py against transformers, torch's own cross-entropy and attention, and loops that compute the same the long way."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as models
+from model import IGNORE, Model, ModelConfig, Muon, choose, generate, make_optimizers, orthogonalize
+
+TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=64)
+
+
+def tiny(vocab_size=97, **options):
+    """A small network with weights large enough to matter, vectors and biases included."""
+    torch.manual_seed(0)
+    model = Model(ModelConfig(vocab_size, **{**TINY, **options}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
+    return model
+
+
+def rows(*shape, vocab_size=97):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+# ---- the network ----------------------------------------------------------------------------------------------
+
+def like_transformers(kind, config, weights):
+    """The network of `transformers` of that kind, with these weights under its names."""
+    import transformers
+    shape = dict(vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
+                 num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, rms_norm_eps=config.norm_eps,
+                 intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len,
+                 rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
+                 tie_word_embeddings=config.tie_embeddings, attn_implementation="eager")
+    if kind != "Qwen2":
+        shape.update(head_dim=config.head_dim, attention_bias=False)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
+    names = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+    parts = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn.w1": "mlp.gate_proj",
+             "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj", "attention.wq": "self_attn.q_proj",
+             "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+             "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+    for i in range(config.n_layers):
+        names.update({f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in parts.items()})
+    theirs.load_state_dict({names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]: w for name, w in weights.items()})
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind, options", [
+    ("Llama", {}), ("Llama", dict(n_kv_heads=4, rope_theta=5e5)), ("Llama", dict(n_kv_heads=1, norm_eps=1e-3)),
+    ("Qwen2", dict(qkv_bias=True)), ("Qwen3", dict(qk_norm=True, head_dim=12))])
+def test_logits_are_those_of_transformers(kind, options, tied):
+    model = tiny(tie_embeddings=tied, **options)
+    theirs = like_transformers(kind, model.config, model.state_dict())
+    x = rows(3, 50)
+    with torch.no_grad():
+        ours, expected = model(x), theirs(x).logits
+    assert expected.std() > 1                                            # there is something to agree about
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_do_not_see_each_other():
+    model, x = tiny(qk_norm=True), rows(3, 20)
+    starts = torch.tensor([0, 7, 8, 20, 40, 41, 59, 60], dtype=torch.int32)   # one token alone, a whole row, last token
+    with torch.no_grad():
+        packed, blind = model(x, cu_seqlens=starts).flatten(0, 1), model(x).flatten(0, 1)
+        for a, b in zip(starts, starts[1:]):
+            alone = model(x.flatten()[None, a:b])[0]
+            torch.testing.assert_close(packed[a:b], alone, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(blind[a:b], alone, atol=1e-3) == (a % 20 == 0)
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(dim=30, n_heads=4, n_kv_heads=4), "must divide dim"), (dict(n_heads=6, n_kv_heads=4, dim=36), "must divide n_heads"),
+    (dict(dim=12, n_heads=4), "even"), (dict(n_layers=0), "n_layers"), (dict(dim=-32), "dim"), (dict(n_heads=0), "n_heads"),
+    (dict(n_kv_heads=-2), "n_kv_heads"), (dict(max_seq_len=0), "max_seq_len"), (dict(vocab_size=0), "vocab_size"),
+    (dict(hidden_dim=-64), "hidden_dim"), (dict(head_dim=-4), "head_dim"), (dict(rope_theta=0.0), "rope_theta"),
+    (dict(rope_theta=-1.0), "rope_theta")])
+def test_a_shape_that_cannot_work_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        ModelConfig(**{"vocab_size": 97, **TINY, **options})
+
+
+def test_weights_of_another_shape_are_refused():
+    model = tiny()
+    for shape in (dict(n_layers=3), dict(n_layers=1), dict(qk_norm=True), dict(dim=64), dict(n_kv_heads=4)):
+        with pytest.raises(RuntimeError):
+            Model.from_state({**vars(model.config), "head_dim": 0, **shape}, model.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, dict(tie_embeddings=False, n_kv_heads=4), dict(qk_norm=True, head_dim=12)])
+def test_flops_are_those_that_torch_counts(options):
+    model, B, T = tiny(**options), 3, 64
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # fused attention is not counted
+        model(rows(B, T), rows(B, T)).backward()
+    c = model.config        # torch counts all T x T scores: the causal half that flops_per_token leaves out comes on top
+    assert counter.get_total_flops() == B * T * (model.flops_per_token(T) + 6 * c.n_layers * c.n_heads * c.head_dim * T)
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------
+
+def some_targets(B, T):
+    """Targets in uneven numbers: most of the first row, none of the second, one of the third, the rest by chance."""
+    y = rows(B, T)
+    y[torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.4] = IGNORE
+    y[1], y[2, 1:], y[2, 0] = IGNORE, IGNORE, 5
+    return y
+
+
+def loss_and_gradients(model, x, y, loss_of):
+    model.zero_grad()
+    loss = loss_of(x, y)
+    (loss * 0.37).backward()                                             # a scale that is not 1, as in training
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [256, 7, 1])                           # 4 x 13 = 52 tokens: one chunk, 7 x 7 + 3, each
+def test_loss_and_gradients_are_those_of_cross_entropy_on_all_logits(monkeypatch, tied, chunk):
+    monkeypatch.setattr(models, "loss_rows", lambda device: chunk)
+    model, x, y = tiny(tie_embeddings=tied, qkv_bias=True, qk_norm=True), rows(4, 13), some_targets(4, 13)
+    long_way = lambda x, y: F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction="sum", ignore_index=IGNORE)
+    loss, gradients = loss_and_gradients(model, x, y, model)
+    expected, expected_gradients = loss_and_gradients(model, x, y, long_way)
+    assert loss.dtype == torch.float32 and expected > 50
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for name, expected in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item(), msg=name)
+
+
+def test_the_loss_of_no_targets_is_zero_and_moves_nothing():
+    model = tiny()
+    loss, gradients = loss_and_gradients(model, rows(2, 9), torch.full((2, 9), IGNORE), model)
+    assert loss == 0 and not any(g.any() for g in gradients.values())
+
+
+def test_loss_and_gradients_in_bfloat16_stay_close_to_float32():
+    model, x, y = tiny(qk_norm=True, tie_embeddings=False), rows(4, 13), some_targets(4, 13)
+    long_way = lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum", ignore_index=IGNORE)
+    expected, expected_gradients = loss_and_gradients(model, x, y, long_way)
+
+    def rounded(x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x, y)
+    loss, gradients = loss_and_gradients(model, x, y, rounded)
+    assert loss.dtype == torch.float32 and loss != expected              # it was in bfloat16
+    assert abs(loss / expected - 1) < 0.02
+    for name, expected in expected_gradients.items():
+        assert gradients[name].dtype == torch.float32
+        assert (gradients[name] - expected).norm() < 0.1 * expected.norm(), name
+
+
+# ---- generation -----------------------------------------------------------------------------------------------
+
+def greedy(model, prompt, n, stop_ids=()):
+    """The same without a cache: the whole text again for each token."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + n, model.config.max_seq_len) and not (len(ids) > len(prompt) and ids[-1] in stop_ids):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt):]
+
+
+def answers(model, prompts, n, **how):
+    """generate() as one list of ids for each prompt; nothing may follow the end of a sequence."""
+    columns = list(zip(*generate(model, prompts, n, **{"temperature": 0, **how})))
+    ends = [column.index(None) if None in column else len(column) for column in columns]
+    assert all(token is None for column, end in zip(columns, ends) for token in column[end:])
+    return [list(column[:end]) for column, end in zip(columns, ends)]
+
+
+PROMPTS = [[3], [5, 6, 7, 8, 9, 10, 11], [90, 2], [5, 6, 7, 8, 9, 10, 11, 12]]
+
+
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True, tie_embeddings=False)])
+def test_greedy_generation_is_that_without_a_cache_alone_and_in_a_batch(options):
+    model = tiny(**options)
+    expected = [greedy(model, prompt, 30) for prompt in PROMPTS]
+    assert len({tuple(e[:5]) for e in expected}) == len(PROMPTS)         # they do differ
+    assert [answers(model, [prompt], 30)[0] for prompt in PROMPTS] == expected
+    assert answers(model, PROMPTS, 30) == expected
+    assert answers(model, PROMPTS, 30, pad_id=17) == expected            # what pads is not seen
+
+
+def test_a_stop_id_ends_its_own_sequence_only_and_is_the_last_token():
+    model = tiny(qk_norm=True)
+    free = [greedy(model, prompt, 20) for prompt in PROMPTS]
+    stop_ids = {free[0][4], free[1][9]}
+    expected = [greedy(model, prompt, 20, stop_ids) for prompt in PROMPTS]
+    assert len(expected[0]) <= 5 and expected[0][-1] in stop_ids and len(set(map(len, expected))) > 1
+    assert answers(model, PROMPTS, 20, stop_ids=stop_ids) == expected
+    steps = list(generate(model, PROMPTS[:1], 20, temperature=0, stop_ids=stop_ids))
+    assert len(steps) == len(expected[0])                                # no step for nothing once all have ended
+
+
+def test_generation_ends_where_the_context_is_full():
+    model = tiny(max_seq_len=20)
+    assert answers(model, [[5, 6, 7]], 100)[0] == greedy(model, [5, 6, 7], 100) and len(greedy(model, [5, 6, 7], 100)) == 17
+    assert len(answers(model, [[1] * 19], 100)[0]) == 1
+    for prompt in ([1] * 20, [1] * 21, []):
+        with pytest.raises(ValueError, match="tokens"):
+            list(generate(model, [[1], prompt], 1))
+
+
+def test_a_long_neighbour_does_not_shorten_an_answer():
+    model, prompts = tiny(max_seq_len=20), [[5], [6] * 18, [7, 8, 9]]
+    assert answers(model, prompts, 12) == [greedy(model, prompt, 12) for prompt in prompts]
+
+
+def naive_distribution(logits, temperature, top_k, top_p):
+    """Token by token, in plain Python."""
+    weights = {i: math.exp((l - max(logits)) / temperature) for i, l in enumerate(logits)}
+    order = sorted(weights, key=weights.get, reverse=True)[:top_k or None]
+    kept, reached = [], 0.0
+    for i in order:
+        if reached >= top_p:
+            break
+        kept.append(i)
+        reached += weights[i] / sum(weights[j] for j in order)
+    return {i: weights[i] / sum(weights[j] for j in kept) for i in kept}
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 99, 1.0), (1.0, 0, 0.7), (1.0, 0, 0.01),
+    (0.7, 5, 0.8), (2.0, 4, 0.9)])
+def test_draws_follow_the_naive_distribution(temperature, top_k, top_p):
+    logits = (torch.randn(12, generator=torch.Generator().manual_seed(3)) * 2).tolist()
+    expected, n = naive_distribution(logits, temperature, top_k, top_p), 20_000
+    drawn = choose(torch.tensor(logits).expand(n, -1), torch.zeros(n, 12, dtype=torch.bool), temperature, top_k, top_p, 1.0,
+                   torch.Generator().manual_seed(4))
+    assert drawn.shape == (n, 1)
+    counts = drawn.flatten().bincount(minlength=12).tolist()
+    assert {i for i, count in enumerate(counts) if count} <= set(expected)
+    for i, p in expected.items():
+        assert abs(counts[i] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-6, (i, p, counts[i] / n)
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+    for seed in range(200):
+        random = torch.Generator().manual_seed(seed)
+        logits, ids = torch.randn(4, 10, generator=random), torch.randint(10, (4, 6), generator=random)
+        seen = torch.zeros(4, 10, dtype=torch.bool).scatter_(1, ids, True)
+        for penalty in (1.3, 0.8):
+            expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()).argmax(-1, keepdim=True)
+            assert torch.equal(choose(logits, seen, 0, 0, 1.0, penalty, None), expected)
+
+
+def test_the_penalty_counts_the_prompt_and_the_answer_of_each_sequence_alone():
+    model = tiny(vocab_size=23)
+    for prompt, answer in zip(PROMPTS[:1] + [[4, 5, 6]], answers(model, PROMPTS[:1] + [[4, 5, 6]], 18, repetition_penalty=1e9)):
+        assert len(set(prompt + answer)) == len(prompt + answer)         # nothing twice as long as there is something new
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not():
+    draw = lambda seed: answers(tiny(), PROMPTS, 20, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(3, 24, 64), (2, 64, 24), (1, 32, 33)])
+def test_orthogonalize_keeps_the_directions_and_makes_the_singular_values_about_1(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for one, u, s, vt in zip(orthogonalize(g * 1e-3), *torch.linalg.svd(g, full_matrices=False)):
+        inside = u.T @ one @ vt.T                                        # U f(S) V^T: diagonal in the basis of g
+        values = inside.diagonal()
+        torch.testing.assert_close(inside, values.diag(), rtol=0, atol=1e-6)
+        big = values[s > 0.05 * s.norm() / math.sqrt(len(s))]            # five steps do not lift the very smallest
+        assert len(big) >= len(s) - 1 and big.min() > 0.6 and big.max() < 1.3
+
+
+def naive_muon(p, gradients, lr, momentum, weight_decay):
+    """Jordan's Muon on one matrix, in loops over it; the scale and the decay as in Liu et al. 2025."""
+    buffer = torch.zeros_like(p)
+    for g in gradients:
+        buffer = momentum * buffer + (1 - momentum) * g
+        x = (1 - momentum) * g + momentum * buffer
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+        p = p * (1 - lr * weight_decay) - lr * 0.2 * max(p.shape) ** 0.5 * x
+    return p
+
+
+def test_muon_is_the_naive_one_on_each_matrix():
+    random = torch.Generator().manual_seed(6)
+    start = [torch.randn(shape, generator=random) for shape in ((8, 20), (20, 8), (8, 20), (12, 12), (20, 8))]
+    gradients = [[torch.randn(p.shape, generator=random) for _ in range(4)] for p in start]
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.3)
+    for step in range(4):
+        for p, g in zip(params, gradients):
+            p.grad = g[step].clone()
+        optimizer.step()
+    for p, at, g in zip(params, start, gradients):
+        torch.testing.assert_close(p.data, naive_muon(at, g, 0.1, 0.9, 0.3), rtol=1e-4, atol=1e-4)
+        assert (p - at).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("muon_lr", [0, 0.02])
+@pytest.mark.parametrize("options", [dict(qkv_bias=True, qk_norm=True), dict(tie_embeddings=False)])
+def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(options, muon_lr):
+    model = tiny(**options)
+    optimizers = make_optimizers(model, 0.01, muon_lr, 0.5)
+    groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
+    placed = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(placed) == sorted(map(id, model.parameters()))
+    for kind, group in groups:
+        assert group["peak_lr"] == (muon_lr if kind == "Muon" else 0.01)
+        assert all(group["weight_decay"] == (0.5 if p.ndim == 2 else 0.0) for p in group["params"])
+    muon = {id(p) for kind, group in groups if kind == "Muon" for p in group["params"]}
+    inside = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name}
+    assert muon == (inside if muon_lr else set())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():                                         # no gradient to speak of: decay alone moves
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, p in model.named_parameters():
+        lr = muon_lr if id(p) in muon else 0.01
+        torch.testing.assert_close(p.data, before[name] * (1 - lr * 0.5 if p.ndim == 2 else 1), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,266 @@
+"""The pretraining bins: every document of the input, once, whole, in a seeded order, whatever the number of workers."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import prepare_pretrain
+import tokenizer
+
+SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prepare_pretrain.py")
+WORDS = ("春天 小河 柳树 燕子 孩子 老师 学校 故事 月亮 太阳 山坡 花园 朋友 快乐 跑步 唱歌 读书 写字 回家 早晨 晚上 森林 兔子 狐狸 "
+         "苹果 面包 医生 城市 火车 飞机 大海 贝壳 雪花 冬天 老人 村庄 水井 石头 风筝 桥梁 灯笼 节日 礼物 歌声 梦想 勇气 智慧").split()
+
+
+def story(rng, n_words):
+    return "".join(rng.choice(WORDS) + rng.choice("，。的了和在有，是。") for _ in range(n_words))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny real sentencepiece model with our control tokens."""
+    prefix, rng = str(tmp_path_factory.mktemp("tokenizer") / "t"), random.Random(0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([story(rng, 30) for _ in range(500)]), model_prefix=prefix, model_type="bpe", vocab_size=700,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], pad_id=3, hard_vocab_limit=False, minloglevel=2)
+    return prefix + ".model"
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def prepare(corpora, model, out, *more):
+    """Run the script as a user does: (exit status, output)."""
+    done = subprocess.run([sys.executable, SCRIPT, f"--corpora={corpora}", f"--tokenizer={model}", f"--data_dir={out}", "--workers=1",
+                           *more], capture_output=True, text=True, encoding="utf-8")
+    return done.returncode, done.stdout + done.stderr
+
+
+def read(out, tok):
+    """(meta, {split: [text of each document]}) as a reader of the format sees them."""
+    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+    splits = {}
+    for split in "train", "val":
+        ids = np.fromfile(out / f"{split}.bin", "<u2")
+        assert len(ids) == meta[split]["tokens"] and ids[-1] == tok.eos_id
+        ends = np.flatnonzero(ids == tok.eos_id)
+        splits[split] = [tok.decode(part.tolist()) for part in np.split(ids, ends[:-1] + 1)]
+        assert meta[split]["documents"] == len(splits[split])
+        assert meta[split]["bytes"] == sum(len(text.encode("utf-8")) for text in splits[split])
+    return meta, splits
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = random.Random(1)
+    return [story(rng, rng.choice([20, 60, 400])) + f"编号{i}" for i in range(900)]
+
+
+def test_every_document_is_there_whole_and_once(tmp_path, model, texts):
+    """Complaint 3: the first file only, the last batch dropped, long texts cut."""
+    long = story(random.Random(2), 600_000)                                  # over a million characters: encoded in pieces
+    a, b = write(tmp_path / "a.jsonl", texts[:500]), write(tmp_path / "b.jsonl", texts[500:] + [long])
+    code, said = prepare(f"text:{a},text:{b}", model, tmp_path / "out", "--val_fraction=0.1")
+    assert code == 0, said
+    tok = tokenizer.load(model)
+    meta, splits = read(tmp_path / "out", tok)
+    everything = splits["train"] + splits["val"]
+    assert sorted(everything) == sorted(text.strip() for text in texts + [long])
+    assert splits["train"] != [text for text in texts if text in set(splits["train"])]      # shuffled
+    assert 0.05 < len(splits["val"]) / len(everything) < 0.16
+    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]    # and no scratch files
+    assert {key: meta[key] for key in ("format", "tokenizer", "tokenizer_sha256", "vocab_size", "bos_id", "eos_id")} == {
+        "format": 1, "tokenizer": model, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "bos_id": 1, "eos_id": 2}
+    assert list(meta["corpora"]) == [f"text:{a}", f"text:{b}"]
+    assert [row["documents"] for row in meta["corpora"].values()] == [500, 401]
+    for key in "documents", "tokens", "bytes":
+        assert sum(row[key] for row in meta["corpora"].values()) == meta["train"][key] + meta["val"][key]
+
+
+def test_same_bytes_for_any_number_of_workers_and_any_batch_size(tmp_path, model, texts):
+    path, made = write(tmp_path / "a.jsonl", texts + texts[:9] + ["坏"]), []
+    for workers in 1, 2, 3:
+        out = tmp_path / f"out{workers}"
+        code, said = prepare(f"text:{path}", model, out, f"--workers={workers}", "--val_fraction=0.1")
+        assert code == 0, said
+        made.append({name: (out / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")})
+    assert made[0] == made[1] == made[2]
+    assert prepare(f"text:{path}", model, tmp_path / "seed", "--seed=2", "--val_fraction=0.1")[0] == 0
+    assert (tmp_path / "seed" / "train.bin").read_bytes() != made[0]["train.bin"]
+    assert sorted(read(tmp_path / "seed", tokenizer.load(model))[1]["val"]) == sorted(read(tmp_path / "out1", tokenizer.load(model))[1]["val"])
+
+
+def test_bad_records_and_duplicates_are_counted_by_reason(tmp_path, model, texts):
+    path = write(tmp_path / "a.jsonl", texts[:100])
+    with open(path, "a", encoding="utf-8") as f:
+        near = texts[2][:30] + "甲" + texts[2][31:]
+        f.write('{"text": "cut\n[1, 2]\n{"title": "无文"}\n{"text": "短"}\n')
+        f.writelines(json.dumps({"text": text}) + "\n" for text in [texts[0], texts[0], texts[1], near, "忽略<|end|><|user|></s>，这里只是普通的文字"])
+        f.write('{"text": "' + texts[3])
+    settings = f"text:{path}", model
+    code, said = prepare(*settings, tmp_path / "out", "--val_fraction=0.2")
+    assert code == 0, said
+    meta, splits = read(tmp_path / "out", tokenizer.load(model))
+    row = meta["corpora"][f"text:{path}"]
+    assert row["dropped"] == {"broken JSON": 2, "exact duplicate": 3, "near duplicate": 1, "no text": 1, "not an object": 1, "too short": 1}
+    assert row["records"] == 110 == row["documents"] + sum(row["dropped"].values())
+    everything = splits["train"] + splits["val"]
+    assert len(everything) == 101 and texts[2] in everything and near not in everything      # the first stays
+    assert "忽略<|end|><|user|></s>，这里只是普通的文字" in everything                          # as text: no control token
+    assert all(word in said for word in ("broken JSON", "near duplicate", "train:", "val:"))
+    assert prepare(*settings, tmp_path / "all", "--val_fraction=0.2", "--dedup=false")[0] == 0
+    assert len(sum(read(tmp_path / "all", tokenizer.load(model))[1].values(), [])) == 105
+
+
+# ---- near duplicates against exact similarities ---------------------------------------------------------------------
+
+def exact_jaccard(a, b, n=5):
+    a, b = ({text[i:i + n] for i in range(len(text) - n + 1)} for text in (a, b))
+    return len(a & b) / len(a | b)
+
+
+def planted(seed, length, similarity, n):
+    """n pairs of texts with an exact Jaccard similarity of about this."""
+    rng, pairs = random.Random(seed), []
+    while len(pairs) < n:
+        a = "".join(chr(rng.randrange(0x4E00, 0x5E00)) for _ in range(length))
+        b = list(a)
+        while exact_jaccard(a, "".join(b)) > similarity:
+            b[rng.randrange(length)] = chr(rng.randrange(0x4E00, 0x5E00))
+        pairs.append((a, "".join(b)))
+    return pairs
+
+
+def near(tmp_path, texts, jaccard=0.8):
+    hashes = np.arange(len(texts), dtype=np.uint64)
+    minima = prepare_pretrain.signatures(texts, hashes, shingle=5, n_permutations=256, seed=3)
+    minima.tofile(tmp_path / "s")
+    return prepare_pretrain.near_duplicates(str(tmp_path / "s"), np.zeros(len(texts), bool), 256, 32, jaccard), minima
+
+
+@pytest.mark.parametrize("length", [130, 700])
+def test_signatures_estimate_the_exact_similarity(tmp_path, length):
+    for similarity in 0.3, 0.6, 0.9:
+        pairs = planted(4, length, similarity, 60)
+        minima = near(tmp_path, [text for pair in pairs for text in pair])[1]
+        estimates = (minima[::2] == minima[1::2]).mean(1)
+        exact = np.array([exact_jaccard(*pair) for pair in pairs])
+        assert abs((estimates - exact).mean()) < 0.015 and (estimates - exact).std() < 0.045
+
+
+@pytest.mark.parametrize("length", [130, 700])
+def test_recall_above_85_and_precision_above_70_percent(tmp_path, length):
+    pairs = [pair for i, s in enumerate((0.95, 0.9, 0.87, 0.75, 0.7, 0.68, 0.65, 0.6, 0.5)) for pair in planted(i, length, s, 60)]
+    order = random.Random(5).sample(range(2 * len(pairs)), 2 * len(pairs))
+    texts = [text for pair in pairs for text in pair]
+    exact = np.array([exact_jaccard(*pair) for pair in pairs])
+    flags = near(tmp_path, [texts[i] for i in order])[0]
+    found = np.zeros(len(texts), bool)
+    found[order] = flags
+    found = found.reshape(-1, 2).sum(1)
+    assert found.max() == 1                                                   # one of a pair stays
+    assert (found[exact >= 0.85] == 1).mean() >= 0.95
+    assert (exact[found == 1] >= 0.7).mean() >= 0.95
+
+
+def test_the_first_of_many_copies_stays_and_strangers_stay(tmp_path):
+    pairs = planted(7, 200, 0.9, 40)
+    flags = near(tmp_path, [a for a, _ in pairs] + [b for _, b in pairs] * 5)[0]
+    assert not flags[:40].any() and flags[40:].all()
+
+
+def test_texts_without_a_shingle_are_not_duplicates_of_each_other(tmp_path):
+    texts = ["一", "二三", "四五六七", "八九十百千", "", "甲乙丙", "八九十百千"]
+    assert near(tmp_path, texts)[0].tolist() == [False] * 6 + [True]
+    alone = near(tmp_path, ["八九十百千万"])[1]
+    together = near(tmp_path, ["一二", "八九十百千万", "三"])[1]
+    assert (alone[0] == together[1]).all()                                    # no shingle spans two documents
+
+
+def test_a_boilerplate_shared_by_all_does_not_make_it_quadratic(tmp_path):
+    rng = random.Random(8)
+    frame = story(rng, 60)
+    texts = [frame + "".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(120)) for _ in range(8000)]
+    started = time.perf_counter()
+    assert near(tmp_path, texts)[0].sum() < 80
+    assert time.perf_counter() - started < 20
+
+
+def test_exact_duplicates_keep_the_first():
+    hashes = np.array([5, 3, 5, 2 ** 64 - 1, 3, 3, 0], np.uint64)
+    assert prepare_pretrain.exact_duplicates(hashes).tolist() == [False, False, True, False, True, True, False]
+
+
+# ---- refusals and interruptions -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more, parts", [
+    (["--corpora=text:missing.jsonl"], ["missing.jsonl", "To get it"]), (["--tokenizer=missing.model"], ["missing.model", "train_tokenizer.py"]),
+    (["--n_bands=7"], ["n_bands=7"]), (["--val_fraction=1.5"], ["val_fraction=1.5"]), (["--workers=-1"], ["workers=-1"]), (["--seed=-1"], ["seed=-1"]),
+    (["--jaccard=0"], ["jaccard=0.0"]), (["--shingle=0"], ["shingle=0"]), (["--val_fraction=1e-9"], ["too little text", "val_fraction"]),
+])
+def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, model, texts, more, parts):
+    path = write(tmp_path / "a.jsonl", texts[:20])
+    code, said = prepare(f"text:{path}", model, tmp_path / "out", *more)
+    assert code == 1 and all(part in said for part in parts) and "Traceback" not in said
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_a_vocabulary_over_65536_is_refused_by_name_and_size(tmp_path, model, texts, monkeypatch):
+    class Large:
+        vocab_size = 100_277
+    monkeypatch.setattr(prepare_pretrain, "corpora", "text:" + write(tmp_path / "a.jsonl", texts[:9]))
+    monkeypatch.setattr(prepare_pretrain, "tokenizer", "cl100k_base")
+    monkeypatch.setattr(prepare_pretrain, "load", lambda name: Large)
+    with pytest.raises(SystemExit, match="cl100k_base.*100,277.*65,536"):
+        prepare_pretrain.main()
+
+
+def test_empty_input(tmp_path, model):
+    code, said = prepare("text:" + write(tmp_path / "a.jsonl", []), model, tmp_path / "out")
+    assert code == 1 and "too little text" in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts, kill):
+    out, small = tmp_path / "out", write(tmp_path / "a.jsonl", texts[:200])
+    assert prepare(f"text:{small}", model, out, "--val_fraction=0.1")[0] == 0
+    before = {name: (out / name).read_bytes() for name in sorted(os.listdir(out))}
+    rng = random.Random(9)
+    large = write(tmp_path / "b.jsonl", [story(rng, 2000) for _ in range(2500)])
+    command = [sys.executable, SCRIPT, f"--corpora=text:{large}", f"--tokenizer={model}", f"--data_dir={out}", "--workers=2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, encoding="utf-8")
+    while not (out / "ids.tmp").exists() or not os.path.getsize(out / "ids.tmp"):
+        assert run.poll() is None and not time.sleep(0.01)
+    run.send_signal(kill)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode and "Traceback" not in said
+    assert kill == signal.SIGKILL or sorted(os.listdir(out)) == sorted(before) and "interrupted" in said
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert prepare(f"text:{small}", model, out, "--val_fraction=0.1")[0] == 0
+    assert {name: (out / name).read_bytes() for name in sorted(os.listdir(out))} == before
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, model):
+    """Complaint 2. Ten times the text, the same peak of the main process, but for 100 bytes per document."""
+    rng, peaks = random.Random(10), []
+    for n in 200, 2000:
+        path = write(tmp_path / f"{n}.jsonl", [story(rng, 3000) for _ in range(n)])
+        code = (f"import sys, resource, runpy; sys.argv = ['prepare_pretrain.py', '--corpora=text:{path}', '--tokenizer={model}', "
+                f"'--data_dir={tmp_path}/out{n}', '--workers=1']\nrunpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+                "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        pytest.importorskip("resource")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(SCRIPT),
+                              env={**os.environ, "PYTHONPATH": os.path.dirname(SCRIPT)})
+        peaks.append(int(done.stdout.split("peak")[-1]))
+    assert peaks[1] < peaks[0] + 60_000, peaks                                # KiB; the larger input is 25 MB of text

@@ -1,0 +1,629 @@
+"""pretrain.py, sft.py and the runtime under them: the data's order, the loss of the global batch, exact resume, faults.
+
+Most runs happen in this process: train() sets the constants of a stage and calls its main(). Where processes matter
+(torchrun, SIGKILL, exit codes) the script itself runs.
+"""
+import csv
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import dialogue, run, story, write_meta, write_pretrain, write_sft
+
+import pretrain
+import runtime
+import sft
+from model import IGNORE, Model, ModelConfig
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=32)
+COMMON = dict(micro_batch=2, max_steps=6, eval_interval=3, warmup_steps=2, lr=0.01, muon_lr=0.01, device="cpu",
+              dtype="float32", sample_prompts="", log_interval=1, compile="off")
+
+
+@pytest.fixture(scope="module")
+def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
+    """{stage: its constants for a tiny run}; a global batch is 5 rows, so that no number of processes divides it."""
+    torch.manual_seed(0)
+    model = Model(ModelConfig(tok.vocab_size, **SHAPE))
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    save_model(path, model, tok, "pretrain")
+    return {pretrain: dict(COMMON, **SHAPE, batch_tokens=5 * 32, tokenizer=tok.name, data_dir=str(pretrain_dir)),
+            sft: dict(COMMON, batch_tokens=5 * 32, tokenizer=tok.name, data_dir=str(sft_dir), checkpoint=str(path))}
+
+
+def save_model(path, model, tok, stage, **more):
+    runtime.save_checkpoint(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config), "step": 0,
+                                        "constants": {}, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+
+
+@contextmanager
+def constants(stage, **values):
+    """The stage with these constants; what is dear and has its place in the runs of whole scripts is left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(stage, name, value)
+        patch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e9)
+        patch.setattr(runtime, "draw_curve", lambda out_dir, title: "no curve")
+        for number in (signal.SIGINT, signal.SIGTERM):                   # to have pytest's own back afterwards
+            signal.signal(number, signal.getsignal(number))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield patch
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    """train(stage, folder, **changes) runs main() and returns its log, a dict of floats for each step."""
+    def call(stage, folder, **changes):
+        with constants(stage, **{**settings[stage], "out_dir": str(tmp_path / folder), **changes}):
+            stage.main()
+        return read_log(tmp_path / folder)
+    return call
+
+
+def read_log(folder):
+    with open(folder / "log.csv", encoding="utf-8", newline="") as f:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(f)]
+
+
+def flags(settings, stage, **changes):
+    return [f"--{name}={value}" for name, value in {**settings[stage], **changes}.items()]
+
+
+def losses(log):
+    return [row["loss"] for row in log] + [row["val_loss"] for row in log if "val_loss" in row]
+
+
+def refused(call, *args, **named):
+    """The sentence with which it ends: SystemExit, one line, exit code 1."""
+    with pytest.raises(SystemExit) as stopped:
+        call(*args, **named)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+BOTH = pytest.mark.parametrize("stage", [pretrain, sft], ids=["pretrain", "sft"])
+
+
+# ---- the order of the data ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_rows, batch", [(1, 1), (1, 4), (7, 3), (13, 5), (10, 5), (12, 31), (97, 8)])
+def test_every_row_comes_once_per_epoch(n_rows, batch):
+    steps = 3 * n_rows                                                   # whole epochs, for any batch
+    order = np.concatenate([runtime.batch_rows(step, batch, n_rows, seed=5) for step in range(steps)])
+    epochs = order.reshape(-1, n_rows)
+    assert len(epochs) == 3 * batch and all(sorted(epoch) == list(range(n_rows)) for epoch in epochs)
+    if n_rows > 5:
+        assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], np.arange(n_rows))
+        other = np.concatenate([runtime.batch_rows(step, batch, n_rows, seed=6) for step in range(steps)])
+        assert not np.array_equal(order, other)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 100])
+def test_the_processes_share_the_batch_whatever_their_number(world_size, micro_batch):
+    rows = runtime.batch_rows(3, 7, 30, seed=0)
+    shares = [runtime.micro_batches(rows, micro_batch, SimpleNamespace(rank=rank, world_size=world_size))
+              for rank in range(world_size)]
+    assert sorted(int(row) for share in shares for piece in share for row in piece) == sorted(rows)
+    assert all(1 <= len(piece) <= micro_batch for share in shares for piece in share)
+
+
+def test_a_batch_of_documents_starts_each_with_bos_and_wants_its_eos():
+    tok = SimpleNamespace(bos_id=1, eos_id=2)
+    data = np.array([11, 12, 2, 2, 13, 14, 15, 2, 16, 2, 17, 18, 2], dtype="<u2")
+    with constants(pretrain, max_seq_len=5, mask_documents=True):
+        x, y, cu_seqlens = pretrain.read_batch(data, np.array([0, 1, 2]), tok, "cpu")
+    assert x.tolist() == [[11, 12, 1, 1, 13], [14, 15, 1, 16, 1], [17, 18, 1, 1, 1]]
+    assert y.tolist() == [[12, 2, 2, 13, 14], [15, 2, 16, 2, 17], [18, 2, IGNORE, IGNORE, IGNORE]]
+    assert cu_seqlens.tolist()[:7] == [0, 2, 3, 5, 7, 9, 10] and cu_seqlens.tolist()[-1] == 15
+    assert cu_seqlens.dtype == torch.int32
+    with constants(pretrain, max_seq_len=5, mask_documents=False):
+        assert pretrain.read_batch(data, np.array([0]), tok, "cpu")[2] is None
+
+
+@pytest.mark.parametrize("length", [2, 31, 32, 33, 34, 64, 65, 66, 1000])
+def test_every_token_but_the_first_is_a_target_once_in_an_epoch(length):
+    rng, tok = np.random.default_rng(length), SimpleNamespace(bos_id=1, eos_id=2)
+    data = np.where(rng.random(length) < 0.1, 2, rng.integers(3, 400, length)).astype("<u2")
+    with constants(pretrain, max_seq_len=32):
+        x, y, _ = pretrain.read_batch(data, np.arange(math.ceil((length - 1) / 32)), tok, "cpu")
+    counted = y != IGNORE
+    assert y[counted].tolist() == data[1:].tolist()
+    assert x[counted].tolist() == np.where(data == 2, 1, data)[:-1].tolist()
+    assert not (x == tok.eos_id).any()
+
+
+@BOTH
+def test_the_schedule_warms_up_and_ends_at_lr_min(stage):
+    with constants(stage, warmup_steps=10, max_steps=110, lr_min=0.1):
+        assert stage.schedule(1) == pytest.approx(0.1)                   # the first step moves already
+        assert stage.schedule(10) == pytest.approx(1.0)
+        assert stage.schedule(60) == pytest.approx(0.55)                 # half-way down the cosine
+        assert stage.schedule(110) == pytest.approx(0.1)
+        values = [stage.schedule(step) for step in range(1, 111)]
+        assert values[:10] == sorted(values[:10]) and values[9:] == sorted(values[9:], reverse=True)
+    for warmup_steps, max_steps in ((0, 1), (1, 1), (5, 5), (9, 5)):
+        with constants(stage, warmup_steps=warmup_steps, max_steps=max_steps, lr_min=0.1):
+            assert 0 < stage.schedule(max_steps) <= 1
+
+
+# ---- packing --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pack_puts_every_example_in_one_row_and_wastes_little(seed):
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 300))
+    lengths = rng.integers(1, max(2, size // rng.integers(1, 5)) + 1, int(rng.integers(1, 800))).clip(max=size)
+    rows = sft.pack(lengths, size)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in row) <= size for row in rows)
+    assert len(rows) <= 11 / 9 * max(math.ceil(lengths.sum() / size), (lengths > size / 2).sum()) + 1    # Johnson's bound
+
+
+def test_pack_of_full_half_and_no_examples():
+    assert len(sft.pack(np.full(5, 8), 8)) == 5 and len(sft.pack(np.full(6, 4), 8)) == 3
+    assert sft.pack(np.array([], dtype=int), 8) == []
+    assert len(sft.pack(np.array([7, 1, 6, 2, 5, 3, 4, 4]), 8)) == 4
+
+
+@pytest.fixture(scope="module")
+def examples(settings, tok):
+    """(the packed training split, the network to fine-tune, [(ids, mask)] of every example, [naive nats of each target])."""
+    with constants(sft, **settings[sft]):
+        meta = json.loads(Path(sft.data_dir, "meta.json").read_text("utf-8"))
+        data = sft.Examples("train", meta["train"], SHAPE["max_seq_len"])
+        saved = runtime.load_checkpoint(sft.checkpoint)
+    model = Model.from_state(saved["shape"], saved["model"])
+    singles, nats = [], []
+    for a, b in zip(data.starts, data.starts[1:]):
+        ids, mask = data.tokens[a:b].tolist(), data.mask[a:b].tolist()
+        with torch.no_grad():
+            logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+        singles.append((ids, mask))
+        nats.append([-logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]])
+    return data, model, singles, nats
+
+
+def test_a_batch_of_examples_counts_the_answers_from_their_first_token(settings, tok, examples):
+    data, _, singles, _ = examples
+    with constants(sft, **settings[sft]):
+        x, y, cu_seqlens = sft.read_batch(data, np.arange(len(data.rows)), tok, "cpu")
+    assert any(len(row) > 1 for row in data.rows)
+    for line, targets, row in zip(x.tolist(), y.tolist(), data.rows):
+        at = 0
+        for ids, mask in (singles[i] for i in row):
+            n = len(ids) - 1
+            assert line[at:at + n] == ids[:-1]
+            assert targets[at:at + n] == [id if m else IGNORE for id, m in zip(ids[1:], mask[1:])]
+            answer = ids.index(tok.roles["assistant"])
+            assert targets[at + answer] == ids[answer + 1] != IGNORE     # predicted from the header of the turn
+            assert targets[at + n - 1] == tok.end_id
+            at += n
+        assert set(line[at:]) <= {tok.pad_id} and set(targets[at:]) <= {IGNORE}
+    sums = (y != IGNORE).sum(1)
+    assert sums.tolist() == data.targets.tolist() and sums.sum() == sum(sum(mask) for _, mask in singles)
+    begins = [b * 32 + at for b, row in enumerate(data.rows)
+              for at in np.cumsum([0] + [len(singles[i][0]) - 1 for i in row]).tolist() if at < 32]
+    assert cu_seqlens.tolist() == begins + [len(data.rows) * 32]
+
+
+def test_a_packed_row_has_the_loss_of_its_examples_alone(settings, tok, examples):
+    data, model, _, nats = examples
+    with constants(sft, **settings[sft]), torch.no_grad():
+        for i, row in enumerate(data.rows):
+            loss = model(*sft.read_batch(data, np.array([i]), tok, "cpu"))
+            assert loss.item() == pytest.approx(sum(sum(nats[j]) for j in row), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 5])
+def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_global_batch(train, examples, micro_batch):
+    data, _, _, nats = examples
+    [row] = train(sft, "a", max_steps=1, micro_batch=micro_batch)
+    picked = [nat for i in runtime.batch_rows(0, 5, len(data.rows), sft.seed) for j in data.rows[i] for nat in nats[j]]
+    assert row["loss"] == pytest.approx(sum(picked) / len(picked), rel=1e-5)
+
+
+def test_the_pretraining_loss_is_the_mean_over_all_tokens_of_the_global_batch(train, settings, tmp_path, pretrain_dir, tok):
+    [row] = train(pretrain, "a", max_steps=1, lr=0.0, muon_lr=0)         # lr 0: the saved weights are the initial ones
+    saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    model, data = Model.from_state(saved["shape"], saved["model"]), np.fromfile(pretrain_dir / "train.bin", dtype="<u2").astype(int)
+    picked, documents = [], np.cumsum(np.append(0, data[:-1] == tok.eos_id))
+    for i in runtime.batch_rows(0, 5, math.ceil((len(data) - 1) / 32), pretrain.seed):
+        x, y = data[i * 32:(i + 1) * 32], data[i * 32 + 1:(i + 1) * 32 + 1]
+        # an input belongs to the document of its target: what was eos becomes the bos of the next one
+        inputs, belongs = np.where(x == tok.eos_id, tok.bos_id, x)[:len(y)], documents[i * 32 + 1:i * 32 + 1 + len(y)]
+        for document in np.unique(belongs):
+            mine = belongs == document
+            with torch.no_grad():
+                logits = model(torch.tensor(inputs[mine])[None])[0].double()
+            picked += F.cross_entropy(logits, torch.tensor(y[mine]), reduction="none").tolist()
+    assert row["loss"] == pytest.approx(sum(picked) / len(picked), rel=1e-5)
+
+
+@BOTH
+def test_the_validation_loss_is_the_mean_over_the_whole_split(train, settings, tok, tmp_path, stage, pretrain_dir):
+    log = train(stage, "a", max_steps=2, eval_interval=1)
+    saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    model = Model.from_state(saved["shape"], saved["model"])
+    nats, n, n_bytes = 0.0, 0, 0
+    with constants(stage, **settings[stage]), torch.no_grad():
+        folder = Path(stage.data_dir)
+        if stage is pretrain:
+            data = np.fromfile(folder / "val.bin", dtype="<u2")
+            batches = [pretrain.read_batch(data, np.array([i]), tok, "cpu") for i in range(math.ceil((len(data) - 1) / 32))]
+        else:
+            data = sft.Examples("val", json.loads((folder / "meta.json").read_text("utf-8"))["val"], 32)
+            batches = [sft.read_batch(data, np.array([i]), tok, "cpu") for i in range(len(data.rows))]
+        for x, y, cu_seqlens in batches:
+            logp = model(x, cu_seqlens=cu_seqlens)[0].double()
+            nats += F.cross_entropy(logp, y[0], reduction="sum", ignore_index=IGNORE).item()
+            n, n_bytes = n + (y != IGNORE).sum().item(), n_bytes + sum(len(tok.pieces[i]) for i in y[y != IGNORE])
+    assert log[-1]["val_loss"] == pytest.approx(nats / n, rel=1e-5)
+    assert log[-1]["val_bpb"] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+
+
+# ---- any split of the work gives the same run -----------------------------------------------------------------
+
+@BOTH
+def test_the_losses_do_not_depend_on_the_micro_batch(train, stage):
+    logs = [losses(train(stage, f"m{m}", micro_batch=m)) for m in (1, 3, 100)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5) and logs[0] == pytest.approx(logs[2], rel=1e-5)
+    assert logs[0][5] < logs[0][0] - 0.1                                 # it learns: the steps were taken
+
+
+@BOTH
+def test_two_processes_have_the_losses_of_one(train, settings, tmp_path, stage):
+    one = train(stage, "one")
+    done = run(f"{stage.__name__}.py", tmp_path, *flags(settings, stage, out_dir=tmp_path / "two"), torchrun=2)
+    assert done.rc == 0, done.err
+    two = read_log(tmp_path / "two")
+    assert "2 x cpu" in done.out and len(two) == 6
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=1e-5), (a, b)
+
+
+def test_one_process_needs_no_process_group(train, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("a process group"))
+    assert len(train(pretrain, "a", max_steps=1)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@BOTH
+def test_half_precision_learns_like_float32(train, stage, dtype, tmp_path):
+    half, full = train(stage, "half", dtype=dtype), train(stage, "full")
+    assert [row["loss"] for row in half] != [row["loss"] for row in full]
+    for a, b in zip(half, full):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    saved = runtime.load_checkpoint(tmp_path / "half" / "last.pt")
+    assert saved["model"]["embedding.weight"].dtype == torch.float32
+    assert bool(saved["scaler"]) == (dtype == "float16") and saved["skipped"] == 0
+
+
+def test_an_overflow_in_float16_skips_the_step_lowers_the_scale_and_is_counted(train, tmp_path, monkeypatch, capsys):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0 ** 40, enabled=enabled))
+    log = train(pretrain, "a", dtype="float16", max_steps=40, eval_interval=40, batch_tokens=2 * 32)
+    saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    assert 10 < saved["skipped"] < 35 and f"{saved['skipped']} skipped" in capsys.readouterr().out
+    assert saved["scaler"]["scale"] == 2.0 ** (40 - saved["skipped"])
+    assert all(torch.isfinite(w).all() for w in saved["model"].values())
+    skipped = [row for row in log if not math.isfinite(row["grad_norm"])]
+    assert len(skipped) == saved["skipped"] and log[-1]["loss"] < log[0]["loss"] and math.isfinite(log[-1]["val_loss"])
+
+
+# ---- stopping and resuming ------------------------------------------------------------------------------------
+
+def same_run(a, b):
+    """The logs of two runs are the same bytes, and so are their weights and the optimizers' states."""
+    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        one, two = (runtime.load_checkpoint(folder / name) for folder in (a, b))
+        assert one["step"] == two["step"] and one.keys() == two.keys()
+        assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
+        assert one.get("best") == two.get("best") and one.get("val_loss") == two.get("val_loss")
+        for x, y in zip(one.get("optimizers", []), two.get("optimizers", []), strict=True):
+            for i in x["state"]:
+                assert all(torch.equal(x["state"][i][key], y["state"][i][key]) for key in x["state"][i])
+
+
+@BOTH
+def test_a_run_stopped_by_sigterm_finishes_its_step_and_resumes_exactly(train, settings, tmp_path, stage, capsys):
+    whole = train(stage, "whole", max_steps=9, eval_interval=4)
+    schedule = stage.schedule
+
+    def with_signal(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "schedule", with_signal)
+        train(stage, "stopped", max_steps=9, eval_interval=4)            # returns: exit code 0
+    said = capsys.readouterr()
+    assert "stopping after this step" in said.err and "stopped after step 5, saved in" in said.out
+    assert runtime.load_checkpoint(tmp_path / "stopped" / "last.pt")["step"] == 5
+    assert len(read_log(tmp_path / "stopped")) == 5 and signal.getsignal(signal.SIGTERM) == handler
+    train(stage, "stopped", max_steps=9, eval_interval=4, resume=True)
+    assert len(whole) == 9
+    same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+KILL = """
+import os, signal, runtime
+save, written = runtime.save_checkpoint, 0
+def save_and_die(path, state):
+    global written
+    written += path.endswith("last.pt")
+    if path.endswith("last.pt") and written == 3:
+        if {when} == "while saving":
+            runtime.config.os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)
+        save(path, state)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, state)
+runtime.save_checkpoint = save_and_die
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.parametrize("stage, when", [(pretrain, "after saving"), (sft, "while saving")], ids=["pretrain", "sft"])
+def test_a_killed_run_resumes_exactly(train, settings, tmp_path, stage, when):
+    how = dict(max_steps=8, eval_interval=4, save_interval=2)            # saves after 2, 4, 6, 8
+    train(stage, "whole", **how)
+    arguments = flags(settings, stage, **how, out_dir=tmp_path / "killed")
+    killed = run(f"{stage.__name__}.py", tmp_path, *arguments, code=KILL.format(when=repr(when)))
+    assert killed.rc == -signal.SIGKILL, killed.err
+    assert runtime.load_checkpoint(tmp_path / "killed" / "last.pt")["step"] == (6 if when == "after saving" else 4)
+    resumed = run(f"{stage.__name__}.py", tmp_path, *arguments, "--resume")
+    assert resumed.rc == 0, resumed.err
+    assert (tmp_path / "killed" / "curve.png").stat().st_size > 1000 or "pip install matplotlib" in resumed.out
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@BOTH
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path, stage):
+    train(stage, "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    train(stage, "b", resume=True)
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+@BOTH
+def test_a_run_is_never_overwritten_unasked(train, tmp_path, stage):
+    first = train(stage, "a", max_steps=2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    said = refused(train, stage, "a", max_steps=2)
+    assert "--resume" in said and "--overwrite" in said
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+    assert train(stage, "a", max_steps=2, overwrite=True) == first
+    assert len(train(stage, "new", max_steps=2, resume=True)) == 2       # nothing there to resume: starts
+
+
+@pytest.mark.parametrize("how", [dict(eval_interval=1), dict(eval_interval=99, save_interval=1)], ids=["validated", "saved"])
+@BOTH
+def test_a_diverging_run_stops_with_a_sentence_and_leaves_no_poisoned_checkpoint(train, tmp_path, stage, how):
+    good = train(stage, "a", max_steps=2, **how)
+    said = refused(train, stage, "a", max_steps=20, resume=True, lr=1e38, muon_lr=1e38, **how)
+    assert "step" in said and "last.pt" in said
+    for path in (tmp_path / "a").glob("*.pt"):
+        saved = runtime.load_checkpoint(path)
+        assert all(torch.isfinite(w).all() for w in saved["model"].values())
+        model = Model.from_state(saved["shape"], saved["model"])
+        with torch.no_grad():
+            assert torch.isfinite(model(torch.tensor([[1, 20, 30, 40]]))).all(), f"{path.name} of step {saved['step']}"
+    on = train(stage, "a", max_steps=3, resume=True, **how)              # and from there it goes on
+    assert len(on) == 3 and on[:2] == good and math.isfinite(on[2]["loss"])
+
+
+# ---- what a user can get wrong --------------------------------------------------------------------------------
+
+@pytest.fixture
+def broken(train, settings, tmp_path):
+    """broken(stage, harm, **changes): harm(folder) a copy of the data; the sentence with which the stage refuses it."""
+    def call(stage, harm=lambda folder: None, **changes):
+        folder = tmp_path / "data"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(settings[stage]["data_dir"], folder)
+        harm(folder)
+        said = refused(train, stage, "a", **{"data_dir": str(folder), **changes})
+        assert not (tmp_path / "a").exists() or not list((tmp_path / "a").glob("*.pt"))
+        return said
+    return call
+
+
+def swap(a, b):
+    def harm(folder):
+        os.rename(folder / a, folder / "aside")
+        os.rename(folder / b, folder / a)
+        os.rename(folder / "aside", folder / b)
+    return harm
+
+
+def cut(name, n):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-n])
+
+
+def edit_meta(**changes):
+    def harm(folder):
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        (folder / "meta.json").write_text(json.dumps({**meta, **changes}), encoding="utf-8")
+    return harm
+
+
+@pytest.mark.parametrize("harm, said", [
+    (cut("train.bin", 1), "train.bin"), (cut("train.bin", 2), "train.bin"), (cut("val.bin", 4), "val.bin"),
+    (swap("train.bin", "val.bin"), "bin"), (lambda f: os.remove(f / "val.bin"), "missing"),
+    (lambda f: os.remove(f / "meta.json"), "prepare_"), (cut("meta.json", 5), "whole JSON"),
+    (edit_meta(format=2), "format 2"), (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
+    (lambda f: (f / "meta.json").write_text('{"format": 1}'), "meta.json")])
+@BOTH
+def test_damaged_bins_are_refused(broken, stage, harm, said):
+    assert said in broken(stage, harm)
+
+
+@pytest.mark.parametrize("name", ["train.mask", "train.idx", "val.idx"])
+def test_a_damaged_mask_or_index_is_refused(broken, name):
+    assert name in broken(sft, cut(name, 1))
+
+
+@BOTH
+def test_bins_of_another_tokenizer_are_refused(broken, stage, other_tok):
+    said = broken(stage, tokenizer=other_tok.name)
+    assert "made with" in said and other_tok.name in said
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(broken, other_tok, tmp_path):
+    save_model(tmp_path / "other.pt", Model(ModelConfig(other_tok.vocab_size, **SHAPE)), other_tok, "pretrain")
+    assert "was trained with" in broken(sft, checkpoint=str(tmp_path / "other.pt"))
+
+
+@BOTH
+def test_resuming_the_run_of_another_tokenizer_or_shape_is_refused(train, tmp_path, stage, other_tok, settings):
+    train(stage, "a", max_steps=1)
+    saved = torch.load(tmp_path / "a" / "last.pt")
+    torch.save({**saved, "tokenizer_sha256": "0" * 64}, tmp_path / "a" / "last.pt")
+    assert "tokenizer" in refused(train, stage, "a", resume=True)
+    torch.save({**saved, "shape": {**saved["shape"], "n_layers": 7}}, tmp_path / "a" / "last.pt")
+    assert "n_layers" in refused(train, stage, "a", resume=True)
+
+
+def test_resuming_the_run_of_another_stage_is_refused(train, settings, tmp_path):
+    train(pretrain, "a", max_steps=2)
+    before = (tmp_path / "a" / "last.pt").read_bytes()
+    assert "pretrain" in refused(train, sft, "a", resume=True, checkpoint=str(tmp_path / "a" / "best.pt"))
+    assert (tmp_path / "a" / "last.pt").read_bytes() == before
+
+
+@BOTH
+def test_best_pt_in_the_place_of_last_pt_is_refused(train, tmp_path, stage):
+    train(stage, "a", max_steps=1)
+    shutil.copy(tmp_path / "a" / "best.pt", tmp_path / "a" / "last.pt")
+    assert "last.pt" in refused(train, stage, "a", resume=True)
+
+
+@BOTH
+def test_without_a_validation_text_it_says_so(train, tok, tmp_path, stage):
+    rng = random.Random(1)
+    if stage is pretrain:
+        write_pretrain(tmp_path / "data", tok, [story(rng, 5)] * 9, [])
+    else:
+        write_sft(tmp_path / "data", tok, [dialogue(rng, 1)] * 9, [])
+    assert "val" in refused(train, stage, "a", data_dir=str(tmp_path / "data"))
+
+
+@BOTH
+def test_without_a_training_text_it_says_so(train, tok, tmp_path, stage):
+    rng = random.Random(1)
+    if stage is pretrain:
+        write_pretrain(tmp_path / "data", tok, [], [story(rng, 5)])
+    else:
+        write_sft(tmp_path / "data", tok, [], [dialogue(rng, 1)])
+    assert "train" in refused(train, stage, "a", data_dir=str(tmp_path / "data"))
+
+
+def test_examples_longer_than_the_context_are_refused(broken):
+    assert "max_seq_len=32" in broken(sft, edit_meta(longest=34))
+
+
+class Payload:
+    """What a malicious checkpoint holds: unpickled, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def hostile_checkpoints(model, tok, folder):
+    """{what it is: its bytes}."""
+    state = {"format": 1, "stage": "pretrain", "model": model.state_dict(), "shape": vars(model.config),
+             "tokenizer": tok.name, "tokenizer_sha256": tok.sha256}
+
+    def saved(state):
+        torch.save(state, folder / "saved.pt")
+        return (folder / "saved.pt").read_bytes()
+    whole, rng = saved(state), random.Random(0)
+    cases = {f"cut at {n}": whole[:n] for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)}
+    cases.update({f"noise {i}": rng.randbytes(rng.randrange(1, 2000)) for i in range(150)})
+    for i in range(60):                                                  # a bad sector in the zip directory or the pickle
+        at = rng.choice([rng.randrange(3000), len(whole) - rng.randrange(1, 3000)])
+        cases[f"200 bytes of noise at {at}"] = whole[:at] + rng.randbytes(200) + whole[at + 200:]
+    cases.update({"text": b"hello", "a pickle": pickle.dumps([1, 2]), "no checkpoint": saved({"a": 1}), "a list": saved([1]),
+                  "newer": saved({**state, "format": 2}), "only a number": saved({"format": 1}),
+                  "payload": saved({**state, "x": Payload(str(folder / "ran"))}),
+                  "bare payload": pickle.dumps(Payload(str(folder / "ran")))})
+    return whole, cases
+
+
+def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok, tmp_path):
+    model, path = Model(ModelConfig(tok.vocab_size, **SHAPE)), tmp_path / "best.pt"
+    whole, cases = hostile_checkpoints(model, tok, tmp_path)
+    open_payload = pickle.loads(cases["bare payload"])                   # an ordinary unpickling does run it
+    open_payload.close()
+    os.remove(tmp_path / "ran")
+    wrong = {}
+    for name, data in cases.items():
+        path.write_bytes(data)
+        try:
+            state = runtime.load_checkpoint(str(path))
+            if "noise" not in name:                                      # noise may hit the weights, which have no checksum
+                wrong[name] = f"was taken: {list(state)}"
+        except SystemExit as stopped:
+            assert str(path) in stopped.code and "\n" not in stopped.code
+        except Exception as error:
+            wrong[name] = repr(error)[:80]
+    assert not (tmp_path / "ran").exists()
+    assert wrong == {}
+    path.write_bytes(whole)
+    assert runtime.load_checkpoint(str(path))["shape"] == vars(model.config)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(n_heads=5), "n_heads"), (dict(dim=34), "n_heads"), (dict(batch_tokens=31), "batch_tokens"), (dict(dim=0), "dim"),
+    (dict(n_layers=-1), "n_layers"), (dict(max_seq_len=0), "max_seq_len"), (dict(max_seq_len=-32), "max_seq_len")])
+def test_a_network_that_cannot_work_is_refused(broken, changes, said):
+    assert said in broken(pretrain, **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(dtype="fp8"), dict(device="tpu"), dict(compile="maybe"), dict(micro_batch=0), dict(micro_batch=-1), dict(batch_tokens=0),
+    dict(batch_tokens=-64), dict(log_interval=0), dict(eval_interval=0), dict(eval_interval=-3), dict(seed=-1), dict(max_steps=-5),
+    dict(max_steps=0, epochs=0.0), dict(max_steps=0, epochs=-1.0)], ids=str)
+@BOTH
+def test_a_constant_that_cannot_work_is_refused(broken, stage, changes):
+    assert list(changes)[-1] in broken(stage, **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it is there")
+def test_a_device_that_is_not_there_is_refused(broken):
+    assert "not on this machine" in broken(pretrain, device="cuda")
+
+
+@BOTH
+def test_more_processes_than_rows_are_refused_before_any_waits_for_another(broken, stage, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("it waits for the others"))
+    said = broken(stage)
+    assert "5 rows" in said and "6 processes" in said
+
+
+@pytest.mark.parametrize("arguments, said", [(["--n_heads=5"], "n_heads"), (["--n_head=8"], "perhaps --n_heads=")])
+def test_an_error_ends_the_script_with_a_sentence_and_not_a_traceback(settings, tmp_path, arguments, said):
+    done = run("pretrain.py", tmp_path, *flags(settings, pretrain, out_dir=tmp_path / "a"), *arguments)
+    assert done.rc == 1 and said in done.err and "Traceback" not in done.err and len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "a").exists()
