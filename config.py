@@ -16,6 +16,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 
@@ -47,10 +48,15 @@ def override(namespace, argv=None):
         if not equals and not isinstance(default, bool):
             raise SystemExit(f"{script}: --{name} needs a value: --{name}={default!r}, for example")
         try:
-            namespace[name] = parse(text if equals else "true", type(default))
+            value = parse(text if equals else "true", type(default))
         except ValueError:
             raise SystemExit(f"{script}: --{name}={text} is not of type {type(default).__name__} "
                              f"(the default is {default!r})") from None
+        if type(default) in (int, float) and default >= 0 > value:
+            raise SystemExit(f"{script}: --{name}={text} must not be negative")
+        if type(default) is int and value == 0 != default and not re.search(r"\b0\b", source[name]):
+            raise SystemExit(f"{script}: --{name}=0 must be at least 1")        # else the comment says what 0 means
+        namespace[name] = value
     return {name: namespace[name] for name in source}
 
 

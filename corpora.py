@@ -28,7 +28,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")     # what is
 
 
 class Bad(Exception):
-    """A record that cannot be used; its text is the reason. Readers yield it, the functions of the data sets raise it."""
+    """A record that cannot be used, and why, as its text. Readers yield it, the functions of the data sets raise it."""
 
 
 # ---- files -> records: one reader per format ------------------------------------------------------------------------
@@ -193,7 +193,8 @@ def encoding_of(raw):
 def csv_records(raw, delimiter, problems):
     """Yield the rows of a CSV file in UTF-8 or GB18030 as {column: field}; fields may contain line feeds and quotes."""
     encoding = encoding_of(raw)
-    decoded = (line.decode(encoding, "replace").replace("\0", "") + "\n" for line in lines(blocks(raw, problems), problems))
+    raw_lines = lines(blocks(raw, problems), problems)
+    decoded = (line.decode(encoding, "replace").replace("\0", "") + "\n" for line in raw_lines)
     csv.field_size_limit(MAX_RECORD)
     rows = csv.reader(itertools.chain([next(decoded, "").removeprefix("\ufeff")], decoded), delimiter=delimiter)
     columns = None
@@ -302,13 +303,13 @@ def joined(*parts):
     return "\n".join(a for a, b in zip(parts, parts[1:] + [""]) if not b.startswith(a))
 
 
-@corpus(TEXT, "text", "your own texts: JSONL with `text` (and `title`, `author` if you like), or .txt, a document a line",
+@corpus(TEXT, "text", "texts of your own: JSONL with `text` (perhaps `title`, `author`), or .txt, a document a line",
         'write one JSON object a line: {"text": "..."}')
 @corpus(TEXT, "c4_zh", "C4 (mC4), Chinese part: cleaned web pages; ODC-BY",
         HF + 'allenai/c4 --include "multilingual/c4-zh.*" --local-dir data/c4')
 @corpus(TEXT, "c4_en", "C4, English: cleaned web pages; ODC-BY", HF + 'allenai/c4 --include "en/*" --local-dir data/c4')
 @corpus(TEXT, "dolma", "Dolma 1.7: English web, papers, code, books; ODC-BY",
-        HF + 'allenai/dolma --include "urls/*" --local-dir data/dolma && wget -P data/dolma -i data/dolma/urls/v1_7.txt')
+        HF + 'allenai/dolma --include "urls/*" --local-dir dolma && wget -P data/dolma -i dolma/urls/v1_7.txt')
 @corpus(TEXT, "medical", "shibing624/medical, pretrain part: medical encyclopaedia and textbooks; Apache-2.0",
         HF + 'shibing624/medical --include "pretrain/*" --local-dir data/medical')
 @corpus(TEXT, "txt_line", "plain text files, a document a line", "put .txt files there")
@@ -418,7 +419,7 @@ def pair(question, answer):
     return dialogue([("user", question), ("assistant", answer)])
 
 
-@corpus(CHAT, "alpaca", "instruction, input, output: alpaca-zh and its many relatives; CC BY-NC 4.0 for this one",
+@corpus(CHAT, "alpaca", "instruction, input, output: alpaca-zh (GPT-4 answers) and its many relatives; research only",
         HF + "shibing624/alpaca-zh --local-dir data/alpaca")
 @corpus(CHAT, "belle", "BELLE: instructions and dialogues, Chinese; GPL-3.0, research only",
         HF + "BelleGroup/train_1M_CN --local-dir data/belle")
@@ -435,7 +436,7 @@ def alpaca(record):
     return dialogue(turns + [("Assistant", answer)])
 
 
-@corpus(CHAT, "prompt", "prompt/response, prompt/answer, question/answer, instruction/output: pairs in JSON, CSV or parquet",
+@corpus(CHAT, "prompt", "prompt/response, prompt/answer or question/answer: pairs in JSON, CSV or parquet",
         'write one JSON object a line: {"prompt": "...", "response": "..."}')
 def prompt(record):
     return pair(field(record, "prompt", "question", "instruction"),
@@ -457,7 +458,8 @@ def zhihu_chat(record):
         HF + "shibing624/sharegpt_gpt4 --local-dir data/sharegpt")
 @corpus(CHAT, "messages", "messages[{role, content}]: the form of OpenAI's API",
         'write one JSON object a line: {"messages": [{"role": "user", "content": "..."}, ...]}')
-@corpus(CHAT, "smoltalk", "SmolTalk: English dialogues; Apache-2.0", HF + "HuggingFaceTB/smoltalk --local-dir data/smoltalk")
+@corpus(CHAT, "smoltalk", "SmolTalk: English dialogues; Apache-2.0",
+        HF + "HuggingFaceTB/smoltalk --local-dir data/smoltalk")
 def conversation(record):
     turns = objects(record, "conversations") or objects(record, "messages")
     if not turns:
@@ -475,15 +477,16 @@ def characters(*rows):
     return re.compile("[" + "".join(f"\\U{ord(char):08x}" for char in table) + "]"), lambda match: table[match[0]]
 
 
-# Each rule is (name, pattern that must occur for the rule to be tried, pattern, replacement), applied in this order; None
-# where the pattern itself is quick, as it is when it begins with a plain character. NORMAL is right for any text, a program
-# or a poem alike; WEB is for web pages, and would spoil an answer that shows some HTML.
+# A rule is (name, pattern that must occur for the rule to be tried, pattern, replacement); they apply in this order.
+# The second is None where the third itself is quick, as one is that begins with a plain character. NORMAL is right for
+# any text, a program or a poem alike; WEB is for web pages, and would spoil an answer that shows some HTML.
 NORMAL = (
     ("line ends are \\n", None, re.compile("[\r\u2028\u2029\x85]\n?"), "\n"),
-    ("full-width blanks indent a printed paragraph", re.compile("\u3000"), re.compile("^[ \u3000]*\u3000[ \u3000]*", re.M), ""),
+    ("full-width blanks indent a printed paragraph", re.compile("\u3000"),
+     re.compile("^[ \u3000]*\u3000[ \u3000]*", re.M), ""),
     ("characters nobody sees, and blanks and letters of odd width", None, *characters(
-        ([*range(9), 11, 12, *range(14, 32), *range(127, 160)], ""),                # control characters
-        ([0xAD, 0x200B, 0x200C, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, 0xFEFF], ""),     # not 200D: joins emoji
+        ([*range(9), 11, 12, *range(14, 32), *range(127, 160)], ""),       # control characters
+        ([0xAD, 0x200B, 0x200C, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, 0xFEFF], ""),      # 200D joins emoji
         (range(0xE000, 0xF900), ""),                               # private use: glyphs of some font of some web page
         (range(0xD800, 0xE000), "\ufffd"),                         # half a surrogate pair: cannot be written as UTF-8
         ([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " "),      # blanks of any width
@@ -493,16 +496,18 @@ NORMAL = (
     ("more than one empty line", None, re.compile(r"\n\n\n+"), "\n\n"),
 )
 
-# A tag counts if it is unmistakable (closing, or with an attribute) or one that prose has no other use for: cmd <source>
-# and List<a> stay. So does what is quoted, `<div>`, or talked about: <p> 标签.
-BARE = ("b|i|u|p|em|strong|span|div|font|br|hr|table|tbody|thead|tr|td|th|ul|ol|li|h[1-6]|center|blockquote|pre|html|head|body"
-        "|sub|sup")
-CLOSING = BARE + ("|a|img|script|style|title|code|form|input|button|label|select|option|iframe|embed|object|link|meta|header"
-                  "|footer|nav|section|article|aside|main|figure|video|audio|small|big|strike|del|ins|dl|dt|dd|ref")
-TAG = re.compile(rf"""<(?: !--.{{0,9999}}?--> | (script|style)\b[^<>]{{0,999}}>.{{0,99999}}?</\1\s*> | (?<!`<)(?:
+# A tag counts if it is unmistakable (closing, or with an attribute) or one that prose has no other use for: a command
+# <source> and List<a> stay. So does what is quoted, `<div>`, or talked about: <p> 标签.
+BARE = ("b|i|u|p|em|strong|span|div|font|br|hr|table|tbody|thead|tr|td|th|ul|ol|li|h[1-6]|center|blockquote|pre|html"
+        "|head|body|sub|sup")
+CLOSING = BARE + ("|a|img|script|style|title|code|form|input|button|label|select|option|iframe|embed|object|link|meta"
+                  "|header|footer|nav|section|article|aside|main|figure|video|audio|small|big|strike|del|ins|dl|dt|dd"
+                  "|ref")
+TAG = re.compile(rf"""<(?: !--(?:(?!<!--).){{0,9999}}?-->
+    | (script|style)\b[^<>]{{0,999}}>(?:(?!<script|<style).){{0,99999}}?</\1\s*> | (?<!`<)(?:
     (?:{BARE})\s*/?> | [a-z][a-z0-9]{{0,9}}\s+[a-z-]+\s*=\s*["'\w][^<>]{{0,999}}> | /(?:{CLOSING})\s*> )
     (?!\s*(?:标签|元素|标记|tag|element)) )""", re.X | re.I | re.S)
-BLOCK_TAG = re.compile(r"</?(?:br|hr|p|div|table|tr|ul|ol|li|h[1-6]|center|blockquote|pre|title|section|article|d[ltd])\b", re.I)
+BLOCK_TAG = re.compile(r"</?(?:br|hr|p|div|table|tr|[uod]l|li|d[td]|h[1-6]|center|blockquote|pre|title)\b", re.I)
 
 URL = r"(?:https?://|www\.)[\w./?=&%#:~+@!,;-]*[\w/]"
 EMAIL = r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}"
@@ -510,7 +515,7 @@ PHONE = r"[+(（]?\d[\d()（）\-－—~/转 ]{4,30}\d"
 LABEL = ("(?:电话|热线|手机|传真|邮箱|邮编|网址|官网|链接|微信|公众号|QQ|qq|Tel|tel|TEL|Fax|fax|FAX|E-mail|E-Mail|Email|email|e-mail"
          "|via)群?号?码?")
 CONTACT = rf"[\u4e00-\u9fff]{{0,6}}{LABEL}\s*[:：]\s*(?:{EMAIL}|{URL}|{PHONE}|[A-Za-z][\w-]{{4,19}}(?=\s*$))"
-ENDS = r"(?=\s*(?:$|[，,、。；;|）)】]))"                             # behind it the clause is over: an ordinary sentence goes on
+ENDS = r"(?=\s*(?:$|[，,、。；;|）)】]))"                             # an ordinary sentence would go on behind it
 
 WEB = (
     ("HTML tags and comments", re.compile("</|<br|<BR|<!--|=[\"']"), TAG,
@@ -529,7 +534,7 @@ WEB = (
      lambda match: match[0][:3]),
     ("an ellipsis or a dash has an end", None, re.compile(r"………+|———+|\.\.\.\.\.\.\.+|·······+"),
      lambda match: match[0][:2 if match[0][0] in "…—" else 6]),
-    NORMAL[-2], NORMAL[-1],                                        # again: what was removed leaves blanks and empty lines
+    NORMAL[-2], NORMAL[-1],                                        # again, as what was removed leaves blanks and lines
 )
 
 
@@ -556,7 +561,7 @@ def clean(text):
 MIN_CHARS = 12             # characters of the shortest document: a five-character quatrain has 24
 MIN_LETTERS = 0.4          # share of the characters that must be Chinese or letters of any alphabet
 MAX_BROKEN = 0.001         # share of U+FFFD, which stands for bytes that were no UTF-8
-MAX_REPEATED = 0.6         # share of the text in clauses that occurred before (Rae et al. 2021, arXiv:2112.11446, table A1)
+MAX_REPEATED = 0.6         # share of the text in clauses that occurred before (after Rae et al. 2021, arXiv:2112.11446)
 # In UTF-8 a letter is recognised by its first byte: ASCII, Latin to Arabic, Chinese (E4-E9), Hangul; kana pass as none
 FIRST_BYTES = bytes([*range(65, 91), *range(97, 123), *range(0xC3, 0xE0), *range(0xE4, 0xEE)])
 

@@ -3,7 +3,7 @@
     python prepare_pretrain.py --corpora=wikipedia_cn:data/wikipedia,baidubaike:data/563w_baidubaike.json
 
 Worker processes turn records into token ids and MinHash signatures, which the main process appends to scratch files in
-data_dir. When all is read it marks duplicates, shuffles what is left and copies it, document by document, into the bins.
+data_dir. When all is read it marks duplicates, shuffles what is left and copies it, document by document, to the bins.
 Memory grows by less than 100 bytes per document and not with their length; nothing is truncated; the same input and
 constants give the same bytes with any number of workers. corpora.py knows the corpora and says what is cleaned.
 """
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import threading
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +28,7 @@ import config
 from corpora import TEXT, Bad, document, records, sources
 from tokenizer import load
 
-corpora        = "text:data/demo/stories.jsonl"   # name:path,name:path of files, folders, patterns; names: python corpora.py
+corpora        = "text:data/demo/stories.jsonl"   # name:path,name:path: files, folders, patterns; see python corpora.py
 tokenizer      = "data/tokenizer.model"           # made by train_tokenizer.py, ChatGLM2's, gpt2, or a tiktoken file
 data_dir       = "data/pretrain"                  # where train.bin, val.bin and meta.json go; scratch space too
 val_fraction   = 0.01                             # share of the documents, chosen by a hash of their text, in val.bin
@@ -35,7 +36,7 @@ dedup          = True                             # drop exact and near duplicat
 jaccard        = 0.8                              # similarity of shingle sets from which two documents are the same
 shingle        = 5                                # characters per shingle
 n_permutations = 256                              # minima in a signature, a byte each; more of them estimate better
-n_bands        = 32                               # documents that agree on one whole band are compared; divides the above
+n_bands        = 32                               # documents that agree on a whole band are compared; divides the above
 seed           = 1337                             # of the shuffle and of the hash functions
 workers        = 0                                # processes that clean and encode; 0 = one per core
 constants = config.override(globals())
@@ -50,16 +51,18 @@ DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("cor
 # ---- in the workers: records -> token ids, signatures ---------------------------------------------------------------
 
 def start_worker(tokenizer, settings):
-    """What a worker process does once: Ctrl-C is the main process's affair; the tokenizer is loaded."""
+    """What a worker does once: leave Ctrl-C to the main process, but end when that is killed; load the tokenizer."""
     global worker_tokenizer, worker_settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main_process = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     worker_tokenizer, worker_settings = load(tokenizer), settings
 
 
 def encode_batch(batch):
     """[(corpus number, corpus name, record)] -> (token ids, documents, signatures, {(corpus number, reason): dropped}).
 
-    ids: bytes of uint16, every document with its eos; documents: array of DOCUMENT; signatures: (n, n_permutations) uint8.
+    ids: bytes of uint16, eos behind every document; documents: array of DOCUMENT; signatures (n, n_permutations) uint8.
     """
     texts, numbers, dropped = [], [], Counter()
     for number, name, record in batch:
@@ -97,8 +100,8 @@ def encode(tokenizer, texts):
 
 
 def signatures(texts, hashes, shingle, n_permutations, seed):
-    """MinHash signatures (n, n_permutations) uint8: the share of equal bytes in two rows estimates the Jaccard similarity
-    of the sets of the texts' shingles, their substrings of `shingle` characters (plus 1/256 for bytes equal by chance).
+    """MinHash signatures (n, n_permutations) uint8: the share of equal bytes in two rows estimates the Jaccard
+    similarity of the sets of shingles, substrings of `shingle` characters (plus 1/256 for bytes equal by chance).
 
     A text too short for a single shingle gets a signature of its own hash, similar to no other.
     Sources: Broder 1997, "On the resemblance and containment of documents"; keeping only the low bits of each minimum:
@@ -109,8 +112,8 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     x = np.zeros(len(characters), np.uint32)                       # hash of the shingle that begins at each character
     for i in range(shingle):
         x[:len(x) - i] = x[:len(x) - i] * np.uint32(0x01000193) + characters[i:]
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)         # Austin Appleby's MurmurHash3 finaliser: every bit of
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)         # the input moves every bit of the output
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)         # the end of Austin Appleby's MurmurHash3, where
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)         # every bit of the input moves every bit of x
     x ^= x >> np.uint32(16)
     whole, ends = np.ones(len(x), bool), np.cumsum(lengths)
     for i in range(1, shingle):
@@ -121,7 +124,7 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     odd = np.random.default_rng(seed).integers(0, 1 << 31, n_permutations, np.uint32) * np.uint32(2) + np.uint32(1)
     minima = np.empty((n_permutations, len(texts)), np.uint8)
     minima[:, ~some] = np.resize(hashes[~some, None].view(np.uint8).T, (n_permutations, (~some).sum()))
-    for i, factor in enumerate(odd if len(starts) else ()):        # multiplying by an odd number permutes the 32-bit numbers
+    for i, factor in enumerate(odd if len(starts) else ()):        # times an odd number: a permutation of all x
         minima[i, some] = np.minimum.reduceat(x * factor, starts).astype(np.uint8)
     return np.ascontiguousarray(minima.T)
 
@@ -161,14 +164,15 @@ def in_order(pool, function, items, ahead):
 
 
 def collect(found, tokenizer, settings, n_workers, ids_file, signature_file):
-    """Run all records through the workers, append what they make to the files: (documents, {(corpus, reason): dropped})."""
+    """Run all records through the workers and write what they make: (documents, {(corpus number, reason): dropped})."""
     total = sum(os.path.getsize(path) for _, _, files in found for path in files)
     documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
     context = multiprocessing.get_context("spawn")                 # the same everywhere, and safe beside threads
     pool = ProcessPoolExecutor(n_workers, context, start_worker, (tokenizer, settings))
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="clean and encode") as bar:
-            for ids, new, minima, reasons in in_order(pool, encode_batch, batches(found, bar.update), 2 * n_workers + 1):
+            for result in in_order(pool, encode_batch, batches(found, bar.update), 2 * n_workers + 1):
+                ids, new, minima, reasons = result
                 ids_file.write(ids)
                 if settings:
                     signature_file.write(minima)
@@ -195,9 +199,9 @@ def exact_duplicates(hashes):
 def near_duplicates(path, gone, n_permutations, n_bands, jaccard):
     """(n,) bool: an earlier document is estimated to have at least this Jaccard similarity.
 
-    path: file of the n signatures; gone (n,) bool: documents to leave out of it. Documents that agree on a whole band of
-    their signatures are candidates: among equals, each is compared with the first, then what is left again, a few
-    rounds; so the cost of a band is that of sorting it, even if a million documents share it.
+    path: file of the n signatures; gone (n,) bool: documents to leave out. Documents that agree on a whole band of
+    their signatures are candidates: each is compared with the first of them, then what is left again, for a few rounds;
+    so a band costs as much as sorting it, even if a million documents agree.
     Sources: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3.4; Lee et al. 2021, arXiv:2107.06499.
     """
     n, near = len(gone), np.zeros(len(gone), bool)
@@ -244,7 +248,7 @@ def similarity(path, n, n_permutations, a, b):
 # ---- shuffle, split, write ------------------------------------------------------------------------------------------
 
 def write_bin(f, ids_path, documents, offsets, order):
-    """Append the ids of the documents, in this order, to f; what is gathered at a time is read in the order of the file."""
+    """Append the ids of the documents to f, in this order; each part is read in the order of the scratch file."""
     lengths = documents["tokens"][order].astype(np.int64)
     parts = np.flatnonzero(np.diff(np.cumsum(lengths) // GATHER_TOKENS)) + 1
     with open(ids_path, "rb", buffering=0) as ids_file:
@@ -276,11 +280,12 @@ def report(found, documents, kept, dropped):
 def print_report(table, meta):
     print(f"{'records':>10} {'documents':>10} {'tokens':>13} {'bytes/token':>11}  corpus, and what was dropped")
     for corpus, row in table.items():
-        print(f"{row['records']:>10,} {row['documents']:>10,} {row['tokens']:>13,} {row['bytes_per_token']:>11.3f}  {corpus}")
+        print(f"{row['records']:>10,} {row['documents']:>10,} {row['tokens']:>13,} {row['bytes_per_token']:>11.3f}  "
+              f"{corpus}")
         for reason, count in sorted(row["dropped"].items(), key=lambda item: -item[1]):
             print(f"{count:>10,} dropped: {reason}")
     for split in "train", "val":
-        print(f"{split}: {meta[split]['documents']:,} documents, {meta[split]['tokens']:,} tokens, {meta[split]['bytes']:,} bytes")
+        print(f"{split}: " + ", ".join(f"{count:,} {unit}" for unit, count in meta[split].items()))
 
 
 @contextmanager
@@ -299,7 +304,7 @@ def scratch(*paths):
         for f in files:
             try:
                 f.close()
-            except OSError:                                        # a full disk again: what was buffered does not matter
+            except OSError:                                        # the disk is full: what was buffered is of no use
                 pass
             os.remove(f.name)
 
@@ -312,7 +317,8 @@ def check(settings):
             (settings["shingle"] < 1, "shingle={shingle} must be at least 1 character"),
             (settings["workers"] < 0, "workers={workers} must be 0, for one per core, or more"),
             (settings["seed"] < 0, "seed={seed} must not be negative"),
-            (settings["n_bands"] < 1 or settings["n_permutations"] < 1 or settings["n_permutations"] % settings["n_bands"],
+            (min(settings["n_bands"], settings["n_permutations"]) < 1
+             or settings["n_permutations"] % settings["n_bands"],
              "n_permutations={n_permutations} must be a multiple of n_bands={n_bands}")):
         if wrong:
             raise SystemExit("prepare_pretrain.py: " + sentence.format(**settings))
@@ -322,8 +328,8 @@ def main():
     check(constants)
     found, vocabulary = sources(corpora, TEXT), load(tokenizer)
     if vocabulary.vocab_size > 65_536:
-        raise SystemExit(f"{tokenizer}: a vocabulary of {vocabulary.vocab_size:,} does not fit the bins, whose token ids "
-                         "are below 65,536; take a smaller tokenizer")
+        raise SystemExit(f"{tokenizer}: a vocabulary of {vocabulary.vocab_size:,} does not fit the bins, whose token "
+                         "ids are below 65,536; take a smaller tokenizer")
     n_workers = workers or os.cpu_count()
     files = [path for _, _, paths in found for path in paths]
     print(f"{len(files)} files, {sum(map(os.path.getsize, files)) / 1e6:,.1f} MB, {n_workers} workers, "
@@ -350,8 +356,9 @@ def main():
                 "corpora": table}
         print_report(table, meta)
         if not (meta["train"]["documents"] and meta["val"]["documents"]):
-            raise SystemExit(f"{corpora}: too little text: {np.count_nonzero(~gone)} documents are left, of which "
-                             f"--val_fraction={val_fraction} puts {meta['val']['documents']} into val.bin; both bins need one")
+            raise SystemExit(f"{corpora}: too little text: {np.count_nonzero(~gone)} documents are left, and of those "
+                             f"--val_fraction={val_fraction} puts {meta['val']['documents']} into val.bin; "
+                             "train.bin and val.bin need one each")
         offsets = 2 * (np.cumsum(documents["tokens"], dtype=np.int64) - documents["tokens"])
         order = np.random.default_rng(seed).permutation(np.flatnonzero(~gone))
         paths = [os.path.join(data_dir, name) for name in ("meta.json", "val.bin", "train.bin")]

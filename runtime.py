@@ -107,10 +107,11 @@ def check_equal(constants, process):
         return
     everyone = [None] * process.world_size
     dist.all_gather_object(everyone, constants)
-    differ = {name for other in everyone for name in constants if other.get(name) != constants[name]}
-    if any(everyone[0] != other for other in everyone):
+    differ = [name for name in constants if any(other.get(name) != everyone[0].get(name) for other in everyone)]
+    if differ:
         finish()
-        raise SystemExit(f"the processes were started with different constants: {', '.join(sorted(differ))}")
+        raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the same constants, and on "
+                         "several machines with the same files (or one shared folder)")
 
 
 def precision(device, dtype):
@@ -317,6 +318,19 @@ def open_run(out_dir, resume, overwrite, shape, tok):
     if differ:
         raise SystemExit(f"{path} was made with another {', '.join(differ)}; give the constants of that run")
     return saved
+
+
+@contextmanager
+def memory_advice(micro_batch):
+    """Turn running out of memory into a sentence that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        advice = f"--micro_batch={micro_batch // 2}: half the activations, the same batch and the same result" \
+            if micro_batch > 1 else "a smaller model: --dim, --n_layers or --max_seq_len halved"
+        raise SystemExit(f"out of memory; try {advice}") from None
 
 
 def restore(saved, model, optimizers, scaler):

@@ -34,7 +34,7 @@ max_steps      = 0                       # steps; 0: as many as epochs asks for
 lr             = 1e-3                    # peak learning rate of AdamW (embeddings, head, norms)
 muon_lr        = 1e-3                    # peak learning rate of Muon (all other matrices); 0: AdamW for everything
 lr_min         = 0.1                     # where the cosine ends, as a fraction of the peak
-warmup_steps   = 20                      # linear warm-up
+warmup_steps   = 20                      # linear warm-up; 0: none
 weight_decay   = 0.1                     # on matrices only
 grad_clip      = 1.0                     # largest norm of the gradient
 seed           = 1337                    # of the order of the data
@@ -158,7 +158,7 @@ def main():
     n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
-    process = runtime.start(device, batch_rows, constants)
+    process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
     model = Model.from_state(shape, pretrained["model"]).to(process.device)
@@ -176,7 +176,7 @@ def main():
                 "stage": "sft", "model": model.state_dict(), "shape": shape, "step": step,
                 "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
 
-    stop, meter = runtime.StopRequest(), runtime.Meter(start, max_steps, process)
+    stop, asked, meter = runtime.StopRequest(), False, runtime.Meter(start, max_steps, process)
     for step in range(start + 1, max_steps + 1):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -235,11 +235,12 @@ def main():
             break
     meter.close()
     log.flush()
-    if process.is_main:
-        print(f"best validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
+    if process.is_main and not asked:
+        print(f"lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
               f"{runtime.draw_curve(out_dir, f'fine-tuning, {model.n_params() / 1e6:.1f} M parameters')}")
     runtime.finish()
 
 
 if __name__ == "__main__":
-    main()
+    with runtime.memory_advice(micro_batch):
+        main()

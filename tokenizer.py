@@ -244,7 +244,7 @@ def rank_file(path):
     import tiktoken
     ranks = {}
     try:
-        with open(path, encoding="ascii") as f:
+        with open(path, "rb") as f:
             for number, line in enumerate(f, start=1):
                 if line.strip():
                     piece, rank = line.split()

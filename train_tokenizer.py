@@ -25,7 +25,7 @@ import config
 import corpora as corpus_reader
 import tokenizer as tokenizers
 
-corpora            = "text:data/demo/stories.jsonl,messages:data/demo/chat.jsonl"  # name:path,... that the model will see
+corpora            = "text:data/demo/stories.jsonl,messages:data/demo/chat.jsonl"  # name:path,... that models will see
 out                = "data/tokenizer.model"  # the file to write; the report stands beside it
 vocab_size         = 16_384      # number of ids, at most 65,536; 256 of them are bytes and 8 control tokens
 sample_bytes       = 60_000_000  # train on so much, drawn evenly; sentencepiece takes 30 times as much memory
@@ -36,7 +36,7 @@ max_piece_length   = 12          # characters; longer pieces learn by heart what
 compare            = ""          # other tokenizers for the report: files or tiktoken names, separated by commas
 constants = config.override(globals())
 
-CHUNK = 4096          # characters that a training sentence may have: sentencepiece cannot take a word of 65,536
+CHUNK = 4096          # characters: longer documents are drawn in such pieces, so that none fills the whole sample
 RESERVED = 8 + 256    # ids of control tokens and bytes
 
 

@@ -17,11 +17,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config
 
 out_dir    = "data/demo"  # stories.jsonl, chat.jsonl, heldout.jsonl
-scale      = 1.0          # fraction of the full corpus (the held-out questions are always all there); tests use 0.01
-n_stories  = 6000         # stories at scale 1, about 190 characters each
-n_chats    = 14000        # training dialogues at scale 1
-n_heldout  = 300          # held-out questions, at every scale; n_withheld of them are sums that training never shows
-n_withheld = 44          # of the 462 sums and differences up to 20
+scale      = 1.0          # fraction of the stories and dialogues to write; tests use 0.01
+n_stories  = 6000         # stories at scale 1, about 195 characters each
+n_chats    = 14000        # training dialogues at scale 1, about 48 characters each
+n_heldout  = 300          # held-out questions, at every scale
+n_withheld = 44           # of them sums that no training dialogue shows, out of the 462 sums and differences up to 20
 seed       = 1            # another seed is another corpus of the same kind
 config.override(globals())
 
@@ -423,7 +423,7 @@ HELLO, THANKS = TALK[0], ["谢谢[你|][，小芽|]！", "不客气！"]
 SYSTEMS = ["你是小芽，一个友好的助手。", "你是小芽，请用简短的话回答问题。"]
 ASKING = ["", "", "", "请问，", "小芽，", "考考你：", "我想知道，", "请告诉我，", "你知道吗？"]       # before a question
 LISTENING = ["", "", "读一读：", "听我说：", "小芽，你听："]                                             # before a text
-STORY_REQUESTS = ["讲一个关于{a}和{b}的故事。", "给我讲个{a}和{b}的故事吧。", "我想听{a}和{b}的故事。", "讲一个关于{topic}的故事，主角是{a}。"]
+STORY_REQUESTS = ["请讲一个{a}和{b}的故事。", "讲一个关于{a}和{b}的故事。", "给我讲个{a}和{b}的故事吧。", "讲一个关于{topic}的故事，主角是{a}。"]
 
 
 def ask_fact(rng, known):

@@ -17,6 +17,7 @@ rate    = 3e-4               # of learning; "#" stands in here
 shift   = -1                 # below zero
 name    = "out/a # b"        # a folder
 compile = False              # faster
+limit   = 10                 # of documents; 0: all
 constants = config.override(globals())
 later   = 3                  # no constant: it stands below
 '''
@@ -30,7 +31,7 @@ def override(tmp_path):
 
     def call(*argv):
         namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": "A script.", "later": 3, "LETTERS": ["a"],
-                     "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False}
+                     "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False, "limit": 10}
         constants = config.override(namespace, list(argv))
         assert all(namespace[key] == value for key, value in constants.items())
         return constants
@@ -45,13 +46,15 @@ def refused(call, *argv):
 
 
 def test_without_arguments_the_constants_are_those_of_the_file(override):
-    assert override() == {"steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False}
+    assert override() == {"steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False,
+                          "limit": 10}
 
 
 @pytest.mark.parametrize("argument, name, value", [
     ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
     ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
-    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--name=", "name", ""), ("--name=从前", "name", "从前")])
+    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0), ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
+    ("--name=从前", "name", "从前")])
 def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
     changed = override(argument)
     assert changed[name] == value and type(changed[name]) is type(value)
@@ -62,6 +65,7 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
     ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"), ("--rate=inf", "float"),
     ("--compile=maybe", "bool"), ("--steps", "needs a value"), ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
+    ("--steps=0", "at least 1"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
@@ -82,13 +86,14 @@ def test_help_prints_every_constant_with_default_and_comment(override, capsys):
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     shown = {line[1]: line[-1].strip() for line in lines if len(line) > 1}
     assert shown == {"--steps=1000": "optimizer steps", "--rate=0.0003": 'of learning; "#" stands in here',
-                     "--shift=-1": "below zero", "--name='out/a # b'": "a folder", "--compile=False": "faster"}
+                     "--shift=-1": "below zero", "--name='out/a # b'": "a folder", "--compile=False": "faster",
+                     "--limit=10": "of documents; 0: all"}
 
 
 def test_an_imported_script_ignores_the_command_line(override, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "--steps=9", "-q"])
     namespace = {"__name__": "script", "__file__": str(tmp_path / "script.py"), "__doc__": "", "steps": 1000, "rate": 3e-4,
-                 "shift": -1, "name": "", "compile": False}
+                 "shift": -1, "name": "", "compile": False, "limit": 10}
     assert config.override(namespace)["steps"] == 1000
     assert config.override({**namespace, "__name__": "__mp_main__"}, ["--steps=9"])["steps"] == 9   # a spawned worker
 

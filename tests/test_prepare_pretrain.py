@@ -19,6 +19,9 @@ WORDS = ("春天 小河 柳树 燕子 孩子 老师 学校 故事 月亮 太阳 
          "苹果 面包 医生 城市 火车 飞机 大海 贝壳 雪花 冬天 老人 村庄 水井 石头 风筝 桥梁 灯笼 节日 礼物 歌声 梦想 勇气 智慧").split()
 
 
+CONTROLS = "忽略<|end|><|user|></s>，这里只是普通的文字"
+
+
 def story(rng, n_words):
     return "".join(rng.choice(WORDS) + rng.choice("，。的了和在有，是。") for _ in range(n_words))
 
@@ -28,9 +31,10 @@ def model(tmp_path_factory):
     """A tiny real sentencepiece model with our control tokens."""
     prefix, rng = str(tmp_path_factory.mktemp("tokenizer") / "t"), random.Random(0)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([story(rng, 30) for _ in range(500)]), model_prefix=prefix, model_type="bpe", vocab_size=700,
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], pad_id=3, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter([story(rng, 30) for _ in range(500)]), model_prefix=prefix, model_type="bpe",
+        vocab_size=700, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, pad_id=3, minloglevel=2,
+        control_symbols=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])
     return prefix + ".model"
 
 
@@ -41,8 +45,8 @@ def write(path, texts):
 
 def prepare(corpora, model, out, *more):
     """Run the script as a user does: (exit status, output)."""
-    done = subprocess.run([sys.executable, SCRIPT, f"--corpora={corpora}", f"--tokenizer={model}", f"--data_dir={out}", "--workers=1",
-                           *more], capture_output=True, text=True, encoding="utf-8")
+    command = [sys.executable, SCRIPT, f"--corpora={corpora}", f"--tokenizer={model}", f"--data_dir={out}"]
+    done = subprocess.run([*command, "--workers=1", *more], capture_output=True, text=True, encoding="utf-8")
     return done.returncode, done.stdout + done.stderr
 
 
@@ -68,7 +72,7 @@ def texts():
 
 def test_every_document_is_there_whole_and_once(tmp_path, model, texts):
     """Complaint 3: the first file only, the last batch dropped, long texts cut."""
-    long = story(random.Random(2), 600_000)                                  # over a million characters: encoded in pieces
+    long = story(random.Random(2), 600_000)                                  # over a million characters: in pieces
     a, b = write(tmp_path / "a.jsonl", texts[:500]), write(tmp_path / "b.jsonl", texts[500:] + [long])
     code, said = prepare(f"text:{a},text:{b}", model, tmp_path / "out", "--val_fraction=0.1")
     assert code == 0, said
@@ -79,16 +83,20 @@ def test_every_document_is_there_whole_and_once(tmp_path, model, texts):
     assert splits["train"] != [text for text in texts if text in set(splits["train"])]      # shuffled
     assert 0.05 < len(splits["val"]) / len(everything) < 0.16
     assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]    # and no scratch files
-    assert {key: meta[key] for key in ("format", "tokenizer", "tokenizer_sha256", "vocab_size", "bos_id", "eos_id")} == {
-        "format": 1, "tokenizer": model, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "bos_id": 1, "eos_id": 2}
+    expected = {"format": 1, "tokenizer": model, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
+                "bos_id": 1, "eos_id": 2}
+    assert {key: meta[key] for key in expected} == expected
     assert list(meta["corpora"]) == [f"text:{a}", f"text:{b}"]
     assert [row["documents"] for row in meta["corpora"].values()] == [500, 401]
     for key in "documents", "tokens", "bytes":
         assert sum(row[key] for row in meta["corpora"].values()) == meta["train"][key] + meta["val"][key]
 
 
-def test_same_bytes_for_any_number_of_workers_and_any_batch_size(tmp_path, model, texts):
-    path, made = write(tmp_path / "a.jsonl", texts + texts[:9] + ["坏"]), []
+def test_same_bytes_for_any_number_of_workers(tmp_path, model, texts):
+    rng = random.Random(11)                                                  # long ones, to make several batches
+    long = ["".join(map(chr, rng.choices(range(0x4E00, 0x9000), k=9000))) for _ in range(400)]
+    path, made = write(tmp_path / "a.jsonl", texts + texts[:9] + ["坏"] + long), []
+    assert os.path.getsize(path) > 12 * prepare_pretrain.BATCH_CHARS
     for workers in 1, 2, 3:
         out = tmp_path / f"out{workers}"
         code, said = prepare(f"text:{path}", model, out, f"--workers={workers}", "--val_fraction=0.1")
@@ -97,7 +105,9 @@ def test_same_bytes_for_any_number_of_workers_and_any_batch_size(tmp_path, model
     assert made[0] == made[1] == made[2]
     assert prepare(f"text:{path}", model, tmp_path / "seed", "--seed=2", "--val_fraction=0.1")[0] == 0
     assert (tmp_path / "seed" / "train.bin").read_bytes() != made[0]["train.bin"]
-    assert sorted(read(tmp_path / "seed", tokenizer.load(model))[1]["val"]) == sorted(read(tmp_path / "out1", tokenizer.load(model))[1]["val"])
+    tok = tokenizer.load(model)
+    other, first = read(tmp_path / "seed", tok)[1], read(tmp_path / "out1", tok)[1]
+    assert sorted(other["val"]) == sorted(first["val"])                      # chosen by their text, not by the seed
 
 
 def test_bad_records_and_duplicates_are_counted_by_reason(tmp_path, model, texts):
@@ -105,18 +115,19 @@ def test_bad_records_and_duplicates_are_counted_by_reason(tmp_path, model, texts
     with open(path, "a", encoding="utf-8") as f:
         near = texts[2][:30] + "甲" + texts[2][31:]
         f.write('{"text": "cut\n[1, 2]\n{"title": "无文"}\n{"text": "短"}\n')
-        f.writelines(json.dumps({"text": text}) + "\n" for text in [texts[0], texts[0], texts[1], near, "忽略<|end|><|user|></s>，这里只是普通的文字"])
+        f.writelines(json.dumps({"text": text}) + "\n" for text in [texts[0], texts[0], texts[1], near, CONTROLS])
         f.write('{"text": "' + texts[3])
     settings = f"text:{path}", model
     code, said = prepare(*settings, tmp_path / "out", "--val_fraction=0.2")
     assert code == 0, said
     meta, splits = read(tmp_path / "out", tokenizer.load(model))
     row = meta["corpora"][f"text:{path}"]
-    assert row["dropped"] == {"broken JSON": 2, "exact duplicate": 3, "near duplicate": 1, "no text": 1, "not an object": 1, "too short": 1}
+    assert row["dropped"] == {"broken JSON": 2, "exact duplicate": 3, "near duplicate": 1, "no text": 1,
+                              "not an object": 1, "too short": 1}
     assert row["records"] == 110 == row["documents"] + sum(row["dropped"].values())
     everything = splits["train"] + splits["val"]
     assert len(everything) == 101 and texts[2] in everything and near not in everything      # the first stays
-    assert "忽略<|end|><|user|></s>，这里只是普通的文字" in everything                          # as text: no control token
+    assert CONTROLS in everything                                            # as text: no control token
     assert all(word in said for word in ("broken JSON", "near duplicate", "train:", "val:"))
     assert prepare(*settings, tmp_path / "all", "--val_fraction=0.2", "--dedup=false")[0] == 0
     assert len(sum(read(tmp_path / "all", tokenizer.load(model))[1].values(), [])) == 105
@@ -160,7 +171,8 @@ def test_signatures_estimate_the_exact_similarity(tmp_path, length):
 
 @pytest.mark.parametrize("length", [130, 700])
 def test_recall_above_85_and_precision_above_70_percent(tmp_path, length):
-    pairs = [pair for i, s in enumerate((0.95, 0.9, 0.87, 0.75, 0.7, 0.68, 0.65, 0.6, 0.5)) for pair in planted(i, length, s, 60)]
+    similarities = 0.95, 0.9, 0.87, 0.75, 0.7, 0.68, 0.65, 0.6, 0.5
+    pairs = [pair for i, similarity in enumerate(similarities) for pair in planted(i, length, similarity, 60)]
     order = random.Random(5).sample(range(2 * len(pairs)), 2 * len(pairs))
     texts = [text for pair in pairs for text in pair]
     exact = np.array([exact_jaccard(*pair) for pair in pairs])
@@ -204,9 +216,12 @@ def test_exact_duplicates_keep_the_first():
 # ---- refusals and interruptions -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("more, parts", [
-    (["--corpora=text:missing.jsonl"], ["missing.jsonl", "To get it"]), (["--tokenizer=missing.model"], ["missing.model", "train_tokenizer.py"]),
-    (["--n_bands=7"], ["n_bands=7"]), (["--val_fraction=1.5"], ["val_fraction=1.5"]), (["--workers=-1"], ["workers=-1"]), (["--seed=-1"], ["seed=-1"]),
-    (["--jaccard=0"], ["jaccard=0.0"]), (["--shingle=0"], ["shingle=0"]), (["--val_fraction=1e-9"], ["too little text", "val_fraction"]),
+    (["--corpora=text:missing.jsonl"], ["missing.jsonl", "To get it"]),
+    (["--tokenizer=missing.model"], ["missing.model", "train_tokenizer.py"]),
+    (["--n_bands=7"], ["n_bands=7"]), (["--val_fraction=1.5"], ["val_fraction=1.5"]),
+    (["--workers=-1"], ["workers=-1"]), (["--seed=-1"], ["seed=-1"]),
+    (["--jaccard=0"], ["jaccard=0.0"]), (["--shingle=0"], ["shingle=0"]),
+    (["--val_fraction=1e-9"], ["too little text", "val_fraction"]),
 ])
 def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, model, texts, more, parts):
     path = write(tmp_path / "a.jsonl", texts[:20])
@@ -237,9 +252,11 @@ def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts
     assert prepare(f"text:{small}", model, out, "--val_fraction=0.1")[0] == 0
     before = {name: (out / name).read_bytes() for name in sorted(os.listdir(out))}
     rng = random.Random(9)
-    large = write(tmp_path / "b.jsonl", [story(rng, 2000) for _ in range(2500)])
-    command = [sys.executable, SCRIPT, f"--corpora=text:{large}", f"--tokenizer={model}", f"--data_dir={out}", "--workers=2"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, encoding="utf-8")
+    words = story(rng, 2000)
+    large = write(tmp_path / "b.jsonl", [f"{i}{words}" for i in range(2500)])
+    command = [sys.executable, SCRIPT, f"--corpora=text:{large}", f"--tokenizer={model}", f"--data_dir={out}"]
+    run = subprocess.Popen([*command, "--workers=2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                           encoding="utf-8")
     while not (out / "ids.tmp").exists() or not os.path.getsize(out / "ids.tmp"):
         assert run.poll() is None and not time.sleep(0.01)
     run.send_signal(kill)
@@ -253,11 +270,12 @@ def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, model):
     """Complaint 2. Ten times the text, the same peak of the main process, but for 100 bytes per document."""
-    rng, peaks = random.Random(10), []
+    words, peaks = story(random.Random(10), 3000), []
     for n in 200, 2000:
-        path = write(tmp_path / f"{n}.jsonl", [story(rng, 3000) for _ in range(n)])
-        code = (f"import sys, resource, runpy; sys.argv = ['prepare_pretrain.py', '--corpora=text:{path}', '--tokenizer={model}', "
-                f"'--data_dir={tmp_path}/out{n}', '--workers=1']\nrunpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+        path = write(tmp_path / f"{n}.jsonl", [f"{i}{words}" for i in range(n)])
+        argv = ["prepare_pretrain.py", f"--corpora=text:{path}", f"--tokenizer={model}",
+                f"--data_dir={tmp_path}/out{n}", "--workers=1", "--dedup=false"]
+        code = (f"import sys, resource, runpy; sys.argv = {argv!r}\nrunpy.run_path({SCRIPT!r}, run_name='__main__')\n"
                 "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
         pytest.importorskip("resource")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(SCRIPT),

@@ -21,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from conftest import dialogue, run, story, write_meta, write_pretrain, write_sft
 
+import config
 import pretrain
 import runtime
 import sft
 from model import IGNORE, Model, ModelConfig
 
+CPU = torch.device("cpu")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=32)
+LONG = 80                                                                # the context of fine-tuning: examples have 13 to 74
 COMMON = dict(micro_batch=2, max_steps=6, eval_interval=3, warmup_steps=2, lr=0.01, muon_lr=0.01, device="cpu",
               dtype="float32", sample_prompts="", log_interval=1, compile="off")
 
@@ -35,11 +38,11 @@ COMMON = dict(micro_batch=2, max_steps=6, eval_interval=3, warmup_steps=2, lr=0.
 def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
     """{stage: its constants for a tiny run}; a global batch is 5 rows, so that no number of processes divides it."""
     torch.manual_seed(0)
-    model = Model(ModelConfig(tok.vocab_size, **SHAPE))
+    model = Model(ModelConfig(tok.vocab_size, **{**SHAPE, "max_seq_len": LONG}))
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
     save_model(path, model, tok, "pretrain")
     return {pretrain: dict(COMMON, **SHAPE, batch_tokens=5 * 32, tokenizer=tok.name, data_dir=str(pretrain_dir)),
-            sft: dict(COMMON, batch_tokens=5 * 32, tokenizer=tok.name, data_dir=str(sft_dir), checkpoint=str(path))}
+            sft: dict(COMMON, batch_tokens=5 * LONG, tokenizer=tok.name, data_dir=str(sft_dir), checkpoint=str(path))}
 
 
 def save_model(path, model, tok, stage, **more):
@@ -127,13 +130,13 @@ def test_a_batch_of_documents_starts_each_with_bos_and_wants_its_eos():
     tok = SimpleNamespace(bos_id=1, eos_id=2)
     data = np.array([11, 12, 2, 2, 13, 14, 15, 2, 16, 2, 17, 18, 2], dtype="<u2")
     with constants(pretrain, max_seq_len=5, mask_documents=True):
-        x, y, cu_seqlens = pretrain.read_batch(data, np.array([0, 1, 2]), tok, "cpu")
+        x, y, cu_seqlens = pretrain.read_batch(data, np.array([0, 1, 2]), tok, CPU)
     assert x.tolist() == [[11, 12, 1, 1, 13], [14, 15, 1, 16, 1], [17, 18, 1, 1, 1]]
     assert y.tolist() == [[12, 2, 2, 13, 14], [15, 2, 16, 2, 17], [18, 2, IGNORE, IGNORE, IGNORE]]
     assert cu_seqlens.tolist()[:7] == [0, 2, 3, 5, 7, 9, 10] and cu_seqlens.tolist()[-1] == 15
     assert cu_seqlens.dtype == torch.int32
     with constants(pretrain, max_seq_len=5, mask_documents=False):
-        assert pretrain.read_batch(data, np.array([0]), tok, "cpu")[2] is None
+        assert pretrain.read_batch(data, np.array([0]), tok, CPU)[2] is None
 
 
 @pytest.mark.parametrize("length", [2, 31, 32, 33, 34, 64, 65, 66, 1000])
@@ -141,7 +144,7 @@ def test_every_token_but_the_first_is_a_target_once_in_an_epoch(length):
     rng, tok = np.random.default_rng(length), SimpleNamespace(bos_id=1, eos_id=2)
     data = np.where(rng.random(length) < 0.1, 2, rng.integers(3, 400, length)).astype("<u2")
     with constants(pretrain, max_seq_len=32):
-        x, y, _ = pretrain.read_batch(data, np.arange(math.ceil((length - 1) / 32)), tok, "cpu")
+        x, y, _ = pretrain.read_batch(data, np.arange(math.ceil((length - 1) / 32)), tok, CPU)
     counted = y != IGNORE
     assert y[counted].tolist() == data[1:].tolist()
     assert x[counted].tolist() == np.where(data == 2, 1, data)[:-1].tolist()
@@ -186,7 +189,7 @@ def examples(settings, tok):
     """(the packed training split, the network to fine-tune, [(ids, mask)] of every example, [naive nats of each target])."""
     with constants(sft, **settings[sft]):
         meta = json.loads(Path(sft.data_dir, "meta.json").read_text("utf-8"))
-        data = sft.Examples("train", meta["train"], SHAPE["max_seq_len"])
+        data = sft.Examples("train", meta["train"], LONG, tok.vocab_size)
         saved = runtime.load_checkpoint(sft.checkpoint)
     model = Model.from_state(saved["shape"], saved["model"])
     singles, nats = [], []
@@ -202,7 +205,7 @@ def examples(settings, tok):
 def test_a_batch_of_examples_counts_the_answers_from_their_first_token(settings, tok, examples):
     data, _, singles, _ = examples
     with constants(sft, **settings[sft]):
-        x, y, cu_seqlens = sft.read_batch(data, np.arange(len(data.rows)), tok, "cpu")
+        x, y, cu_seqlens = sft.read_batch(data, np.arange(len(data.rows)), tok, CPU)
     assert any(len(row) > 1 for row in data.rows)
     for line, targets, row in zip(x.tolist(), y.tolist(), data.rows):
         at = 0
@@ -217,16 +220,16 @@ def test_a_batch_of_examples_counts_the_answers_from_their_first_token(settings,
         assert set(line[at:]) <= {tok.pad_id} and set(targets[at:]) <= {IGNORE}
     sums = (y != IGNORE).sum(1)
     assert sums.tolist() == data.targets.tolist() and sums.sum() == sum(sum(mask) for _, mask in singles)
-    begins = [b * 32 + at for b, row in enumerate(data.rows)
-              for at in np.cumsum([0] + [len(singles[i][0]) - 1 for i in row]).tolist() if at < 32]
-    assert cu_seqlens.tolist() == begins + [len(data.rows) * 32]
+    begins = [b * LONG + at for b, row in enumerate(data.rows)
+              for at in np.cumsum([0] + [len(singles[i][0]) - 1 for i in row]).tolist() if at < LONG]
+    assert cu_seqlens.tolist() == begins + [len(data.rows) * LONG]
 
 
 def test_a_packed_row_has_the_loss_of_its_examples_alone(settings, tok, examples):
     data, model, _, nats = examples
     with constants(sft, **settings[sft]), torch.no_grad():
         for i, row in enumerate(data.rows):
-            loss = model(*sft.read_batch(data, np.array([i]), tok, "cpu"))
+            loss = model(*sft.read_batch(data, np.array([i]), tok, CPU))
             assert loss.item() == pytest.approx(sum(sum(nats[j]) for j in row), rel=1e-5)
 
 
@@ -265,10 +268,10 @@ def test_the_validation_loss_is_the_mean_over_the_whole_split(train, settings, t
         folder = Path(stage.data_dir)
         if stage is pretrain:
             data = np.fromfile(folder / "val.bin", dtype="<u2")
-            batches = [pretrain.read_batch(data, np.array([i]), tok, "cpu") for i in range(math.ceil((len(data) - 1) / 32))]
+            batches = [pretrain.read_batch(data, np.array([i]), tok, CPU) for i in range(math.ceil((len(data) - 1) / 32))]
         else:
-            data = sft.Examples("val", json.loads((folder / "meta.json").read_text("utf-8"))["val"], 32)
-            batches = [sft.read_batch(data, np.array([i]), tok, "cpu") for i in range(len(data.rows))]
+            data = sft.Examples("val", json.loads((folder / "meta.json").read_text("utf-8"))["val"], LONG, tok.vocab_size)
+            batches = [sft.read_batch(data, np.array([i]), tok, CPU) for i in range(len(data.rows))]
         for x, y, cu_seqlens in batches:
             logp = model(x, cu_seqlens=cu_seqlens)[0].double()
             nats += F.cross_entropy(logp, y[0], reduction="sum", ignore_index=IGNORE).item()
@@ -413,6 +416,23 @@ def test_a_run_is_never_overwritten_unasked(train, tmp_path, stage):
     assert len(train(stage, "new", max_steps=2, resume=True)) == 2       # nothing there to resume: starts
 
 
+@BOTH
+def test_resuming_without_muon_what_began_with_it_is_refused(train, stage):
+    train(stage, "a", max_steps=1)
+    assert "muon_lr" in refused(train, stage, "a", resume=True, muon_lr=0.0)
+
+
+@BOTH
+def test_resuming_takes_the_learning_rates_of_now(train, tmp_path, stage):
+    train(stage, "a", max_steps=2)
+    before = runtime.load_checkpoint(tmp_path / "a" / "last.pt")["model"]
+    train(stage, "a", max_steps=6, resume=True, lr=1e-12, muon_lr=1e-12)
+    after = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    assert after["step"] == 6
+    for name, w in before.items():
+        torch.testing.assert_close(after["model"][name], w, rtol=0, atol=1e-8, msg=name)
+
+
 @pytest.mark.parametrize("how", [dict(eval_interval=1), dict(eval_interval=99, save_interval=1)], ids=["validated", "saved"])
 @BOTH
 def test_a_diverging_run_stops_with_a_sentence_and_leaves_no_poisoned_checkpoint(train, tmp_path, stage, how):
@@ -457,6 +477,12 @@ def cut(name, n):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-n])
 
 
+def write_ids(path, id):
+    ids = np.fromfile(path, dtype="<u2")
+    ids[-2] = id
+    ids.tofile(path)
+
+
 def edit_meta(**changes):
     def harm(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
@@ -468,7 +494,7 @@ def edit_meta(**changes):
     (cut("train.bin", 1), "train.bin"), (cut("train.bin", 2), "train.bin"), (cut("val.bin", 4), "val.bin"),
     (swap("train.bin", "val.bin"), "bin"), (lambda f: os.remove(f / "val.bin"), "missing"),
     (lambda f: os.remove(f / "meta.json"), "prepare_"), (cut("meta.json", 5), "whole JSON"),
-    (edit_meta(format=2), "format 2"), (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
+    (lambda f: write_ids(f / "train.bin", 400), "token 400"), (edit_meta(format=2), "format 2"), (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
     (lambda f: (f / "meta.json").write_text('{"format": 1}'), "meta.json")])
 @BOTH
 def test_damaged_bins_are_refused(broken, stage, harm, said):
@@ -502,7 +528,7 @@ def test_resuming_the_run_of_another_tokenizer_or_shape_is_refused(train, tmp_pa
 
 
 def test_resuming_the_run_of_another_stage_is_refused(train, settings, tmp_path):
-    train(pretrain, "a", max_steps=2)
+    train(pretrain, "a", max_steps=2, max_seq_len=LONG, batch_tokens=5 * LONG)
     before = (tmp_path / "a" / "last.pt").read_bytes()
     assert "pretrain" in refused(train, sft, "a", resume=True, checkpoint=str(tmp_path / "a" / "best.pt"))
     assert (tmp_path / "a" / "last.pt").read_bytes() == before
@@ -535,8 +561,9 @@ def test_without_a_training_text_it_says_so(train, tok, tmp_path, stage):
     assert "train" in refused(train, stage, "a", data_dir=str(tmp_path / "data"))
 
 
-def test_examples_longer_than_the_context_are_refused(broken):
-    assert "max_seq_len=32" in broken(sft, edit_meta(longest=34))
+def test_examples_longer_than_the_context_are_refused(broken, tok, tmp_path):
+    save_model(tmp_path / "short.pt", Model(ModelConfig(tok.vocab_size, **SHAPE)), tok, "pretrain")
+    assert "--max_seq_len=32" in broken(sft, checkpoint=str(tmp_path / "short.pt"))
 
 
 class Payload:
@@ -594,19 +621,27 @@ def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok,
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(n_heads=5), "n_heads"), (dict(dim=34), "n_heads"), (dict(batch_tokens=31), "batch_tokens"), (dict(dim=0), "dim"),
-    (dict(n_layers=-1), "n_layers"), (dict(max_seq_len=0), "max_seq_len"), (dict(max_seq_len=-32), "max_seq_len")])
+    (dict(n_heads=5), "n_heads"), (dict(dim=33), "n_heads"), (dict(batch_tokens=31), "batch_tokens"),
+    (dict(n_heads=4, n_kv_heads=3), "n_kv_heads"), (dict(dim=6), "even"), (dict(rope_theta=0.0), "rope_theta")])
 def test_a_network_that_cannot_work_is_refused(broken, changes, said):
     assert said in broken(pretrain, **changes)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(dtype="fp8"), dict(device="tpu"), dict(compile="maybe"), dict(micro_batch=0), dict(micro_batch=-1), dict(batch_tokens=0),
-    dict(batch_tokens=-64), dict(log_interval=0), dict(eval_interval=0), dict(eval_interval=-3), dict(seed=-1), dict(max_steps=-5),
-    dict(max_steps=0, epochs=0.0), dict(max_steps=0, epochs=-1.0)], ids=str)
-@BOTH
-def test_a_constant_that_cannot_work_is_refused(broken, stage, changes):
-    assert list(changes)[-1] in broken(stage, **changes)
+BAD = ["--dtype=fp8", "--device=tpu", "--compile=maybe", "--micro_batch=0", "--micro_batch=-1", "--batch_tokens=0", "--seed=-1",
+       "--batch_tokens=-64", "--log_interval=0", "--eval_interval=0", "--eval_interval=-3", "--save_interval=-1", "--max_steps=-5",
+       "--epochs=0", "--epochs=-1", "--lr=-1", "--grad_clip=-1", "--warmup_steps=-1"]
+BAD_SHAPES = ["--dim=0", "--dim=-32", "--n_layers=0", "--n_heads=0", "--hidden_dim=-1", "--max_seq_len=0", "--max_seq_len=-32"]
+
+
+@pytest.mark.parametrize("stage, argument", [(stage, a) for stage in (pretrain, sft) for a in BAD] + [(pretrain, a) for a in BAD_SHAPES],
+                         ids=lambda value: getattr(value, "__name__", value))
+def test_a_constant_that_cannot_work_is_refused(train, settings, stage, argument):
+    name = argument[2:].partition("=")[0]
+
+    def call():
+        changed = config.override({**vars(stage), "__name__": "__main__"}, [argument])
+        train(stage, "a", **{"max_steps": 0, name: changed[name]} if name == "epochs" else {name: changed[name]})
+    assert name in refused(call)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it is there")

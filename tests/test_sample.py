@@ -1,0 +1,153 @@
+"""sample.py: continuing a text, answering, and the chat in the terminal, with tiny random models."""
+import io
+
+import pytest
+import torch
+from conftest import run
+
+import config
+import runtime
+import sample
+from model import Model, ModelConfig, generate
+
+SIZE = 64                                                                # tokens of the context
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tok, tmp_path_factory):
+    """{stage: path} of one random network, and the network."""
+    torch.manual_seed(0)
+    model = Model(ModelConfig(tok.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=SIZE, tie_embeddings=False)).eval()
+    for p in model.parameters():                                         # large enough to say different things
+        torch.nn.init.normal_(p, std=0.3)
+    folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
+    for stage in ("pretrain", "sft"):
+        paths[stage] = str(folder / f"{stage}.pt")
+        runtime.save_checkpoint(paths[stage], {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+                                               "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
+    return paths, model
+
+
+@pytest.fixture
+def say(checkpoints, monkeypatch, capsys):
+    """say(stage, **constants) -> (what sample.py prints, what it remarks on stderr)."""
+    def call(stage, stdin="", **constants):
+        defaults = dict(checkpoint=checkpoints[0][stage], device="cpu", dtype="float32", max_new_tokens=12)
+        for name, value in {**defaults, **constants}.items():
+            monkeypatch.setattr(sample, name, value)
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        sample.main()
+        return capsys.readouterr()
+    return call
+
+
+def continuation(model, tok, ids, n, stop_ids):
+    """The greedy text, from generate(), which test_model.py checks."""
+    with torch.no_grad():
+        return tok.decode([row[0] for row in generate(model, [ids], n, temperature=0, stop_ids=stop_ids)])
+
+
+def test_a_pretrained_model_continues_the_prompt(say, tok, checkpoints):
+    said = say("pretrain", prompt="从前，小猫", temperature=0.0)
+    expected = continuation(checkpoints[1], tok, [tok.bos_id] + tok.encode("从前，小猫"), 12, {tok.eos_id})
+    assert expected and said.out == "从前，小猫" + expected + "\n"
+    assert "tokens/s" in said.err
+
+
+def test_a_fine_tuned_model_answers_the_prompt(say, tok, checkpoints):
+    said = say("sft", prompt="你是谁？", temperature=0.0)
+    expected = continuation(checkpoints[1], tok, tok.prompt([{"role": "user", "content": "你是谁？"}]), 12, tok.stop_ids)
+    assert said.out == expected + "\n"
+
+
+def test_an_empty_prompt_gives_a_text_from_nothing(say, tok, checkpoints):
+    assert say("pretrain", temperature=0.0).out == continuation(checkpoints[1], tok, [tok.bos_id], 12, {tok.eos_id}) + "\n"
+
+
+def test_several_samples_differ_and_the_same_seed_repeats_them(say):
+    first, again, other = (say("pretrain", prompt="今天", n_samples=3, temperature=1.0, top_p=1.0, seed=seed).out for seed in (7, 7, 8))
+    assert first == again != other
+    texts = first.split("今天")[1:]
+    assert len(texts) == 3 and len(set(texts)) == 3
+
+
+def test_seed_0_is_different_every_time(say):
+    assert len({say("pretrain", prompt="今天", temperature=1.0, top_p=1.0, seed=0).out for _ in range(4)}) > 1
+
+
+def test_the_prompt_may_come_from_a_file(say, tmp_path):
+    (tmp_path / "prompt.txt").write_text("月亮在河边", encoding="utf-8")
+    from_file = say("pretrain", prompt_file=str(tmp_path / "prompt.txt"), temperature=0.0).out
+    assert from_file.startswith("月亮在河边")
+    assert from_file == say("pretrain", prompt="月亮在河边", prompt_file="", temperature=0.0).out
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("length", [SIZE - 14, SIZE - 13, SIZE - 12, SIZE - 11, SIZE - 1, SIZE, SIZE + 1, 500])
+def test_of_a_prompt_longer_than_the_context_the_end_is_read(say, tok, stage, length):
+    text = ("好" * 600)[:length]
+    said = say(stage, prompt=text, temperature=0.0)
+    assert ("only its end is read" in said.err) == (length + (1 if stage == "pretrain" else 4) > SIZE - 12)
+    assert "[12 tokens" in said.err or len(said.out) > 0                 # there is room for an answer
+    assert said.err.count("\n") <= 2
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, SIZE // 2, SIZE, 1000])
+def test_any_max_new_tokens_leaves_room_for_the_prompt(say, max_new_tokens):
+    for length in (1, SIZE // 2, SIZE):
+        assert "tokens/s" in say("pretrain", prompt="好" * length, max_new_tokens=max_new_tokens).err
+
+
+def test_a_chat_remembers_its_turns_until_an_empty_line(say, monkeypatch):
+    heard = []
+    stream = lambda model, tok, ids, stop_ids, generator: heard.append(tok.decode(ids)) or f"回答{len(heard)}。"
+    monkeypatch.setattr(sample, "stream", stream)
+    say("sft", stdin="你好\n你是谁\n\n天空\n", max_new_tokens=1)
+    assert heard == ["你好", "你好回答1。你是谁", "天空"]
+
+
+def test_a_chat_forgets_the_oldest_turns_when_the_context_is_full(say, tok, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sample, "stream", lambda model, tok, ids, stop_ids, generator: heard.append(ids) or "好。")
+    say("sft", stdin="".join(f"老师{i}在河边吗\n" for i in range(9)), max_new_tokens=12)
+    assert len(heard) == 9 and all(len(ids) + 12 <= SIZE for ids in heard)
+    asked = [[text for text in tok.decode(ids).split("老师")[1:]] for ids in heard]
+    assert all(ids[0] == tok.bos_id and questions[-1] == f"{i}在河边吗" for i, (ids, questions) in enumerate(zip(heard, asked)))
+    assert asked[1][0] == "0在河边吗好。" and 2 <= len(asked[-1]) < 9     # what fits is remembered, the rest forgotten
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(say, monkeypatch):
+    def interrupted(*args, **named):
+        yield [20]
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "generate", interrupted)
+    said = say("sft", stdin="你好\n你是谁\n")
+    assert said.out.count("[stopped]") == 2 and said.err.count("[1 tokens") == 2
+
+
+def test_the_script_chats_through_stdin_and_ends_with_it(checkpoints, tmp_path):
+    done = run("sample.py", tmp_path, f"--checkpoint={checkpoints[0]['sft']}", "--device=cpu", "--dtype=float32",
+               "--max_new_tokens=8", stdin="你好！\n你是谁？\n")
+    assert done.rc == 0 and "Traceback" not in done.err
+    assert done.out.count("> ") == 3 and done.err.count("tokens/s") == 2
+
+
+def test_a_checkpoint_whose_tokenizer_has_changed_is_refused(say, other_tok):
+    with pytest.raises(SystemExit, match="was trained with"):
+        say("pretrain", tokenizer=other_tok.name)
+
+
+def test_a_prompt_file_that_cannot_be_read_ends_in_one_sentence(say, tmp_path):
+    (tmp_path / "gbk.txt").write_bytes("月亮在河边".encode("gbk"))
+    for name in ("gbk.txt", "none.txt"):
+        with pytest.raises(SystemExit, match=name):
+            say("pretrain", prompt_file=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("argument", ["--temperature=-1", "--top_k=-1", "--top_p=0", "--top_p=-0.5", "--max_new_tokens=0",
+                                      "--max_new_tokens=-3", "--repetition_penalty=0", "--repetition_penalty=-1", "--n_samples=0"])
+def test_a_constant_that_cannot_work_is_refused(say, argument):
+    name = argument[2:].partition("=")[0]
+    with pytest.raises(SystemExit, match=name):
+        changed = config.override({**vars(sample), "__name__": "__main__"}, [argument])
+        say("pretrain", prompt="今天", **{name: changed[name]})
