@@ -89,10 +89,10 @@ def read_questions():
     try:
         with open(questions, encoding="utf-8") as f:
             dialogues = [json.loads(line)["messages"] for line in f if line.strip()]
+        pairs = [(d[:-1], d[-1]["content"]) for d in dialogues if len(d) > 1 and d[-1]["role"] == "assistant"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{questions}: cannot be read as JSONL with messages ({error}); "
                          "run python prepare_sft.py, or name another with --questions=") from None
-    pairs = [(d[:-1], d[-1]["content"]) for d in dialogues if len(d) > 1 and d[-1]["role"] == "assistant"]
     if not pairs:
         raise SystemExit(f"{questions}: no dialogue that ends in an answer; prepare_sft.py --test_fraction= sets how many go there")
     return pairs[:n_questions] if n_questions else pairs

@@ -38,6 +38,9 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} and must be at least 1")
+        if self.head_dim < 0 or self.hidden_dim < 0 or self.rope_theta <= 0:
+            raise ValueError(f"head_dim ({self.head_dim}) and hidden_dim ({self.hidden_dim}) must not be negative, and "
+                             f"rope_theta ({self.rope_theta}) must be above 0")
         if self.head_dim == 0 and self.dim % self.n_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must divide dim ({self.dim})")
         if self.n_heads % self.n_kv_heads:
@@ -312,7 +315,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     # shorter prompts are padded on the left: then all write to the same place of the cache, and `pad` hides the rest
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)                   # (B,)
     x = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    size = min(config.max_seq_len, longest + max_new_tokens)
+    size = min(config.max_seq_len + int(pad.max()), longest + max_new_tokens)        # where the shortest is full, too
     kind = dict(dtype=model.norm.weight.dtype, device=device)
     if torch.is_autocast_enabled(device.type):
         kind["dtype"] = torch.get_autocast_dtype(device.type)
@@ -329,14 +332,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         if ragged:                             # a pad position looks at itself, so that no softmax is empty
             mask = (slot[:length] >= pad[:, None])[:, None, :] & (slot[:length] <= query[:, None])
             mask = (mask | (slot[:length] == query[:, None]))[:, None]                       # (B, 1, T, length)
-        rope = model.rope[:, (query - pad[:, None]).clamp(min=0)] if ragged else model.rope[:, query]
+        rope = model.rope[:, (query - pad[:, None]).clamp(0, config.max_seq_len - 1) if ragged else query]
         h = model.hidden(x, rope, mask, caches)[:, -1]                                       # (B, C)
         logits = model.head(h).float()                                                       # (B, V)
         x = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)   # (B, 1)
         seen.scatter_(1, x, True)
         ids = x[:, 0].tolist()
         yield [token if going else None for token, going in zip(ids, alive)]
-        alive = [going and token not in stop_ids for token, going in zip(ids, alive)]
+        alive = [going and token not in stop_ids and length + 1 < config.max_seq_len + longest - len(p)
+                 for token, going, p in zip(ids, alive, prompts)]
         if not any(alive):
             return
 

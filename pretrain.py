@@ -122,12 +122,16 @@ def main():
     n_val_rows = min(n_val_rows, max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
+    if not (n_rows and n_val_rows and max_steps):
+        raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, and epochs is {epochs}: none of "
+                         "them may be 0; prepare_pretrain.py with more text, or a larger val_fraction")
     try:
         shape = ModelConfig(tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
                             tie_embeddings=tie_embeddings, qk_norm=qk_norm)
     except ValueError as error:
         raise SystemExit(f"pretrain.py: {error}") from None
-    saved = runtime.open_run(out_dir, resume, overwrite, vars(shape), tok)
+    identity = {**vars(shape), "tokenizer": tok.sha256, "rows": n_rows, "batch_tokens": batch_tokens, "seed": seed}
+    saved = runtime.open_run(out_dir, resume, overwrite, "pretrain", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
@@ -141,11 +145,12 @@ def main():
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
+        runtime.refuse_to_save_nan(model, step, out_dir)
         if process.is_main:
             log.flush()                                                # never behind a checkpoint
             runtime.save_checkpoint(f"{out_dir}/{name}", {
                 "stage": "pretrain", "model": model.state_dict(), "shape": vars(shape), "step": step,
-                "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+                "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
 
     stop, asked, meter = runtime.StopRequest(), False, runtime.Meter(start, max_steps, process)
     for step in range(start + 1, max_steps + 1):
@@ -185,7 +190,7 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
         row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)
-        meter.step(row, n_targets, skipped, log_interval)
+        meter.step(row, skipped, log_interval)
         evaluating = step % eval_interval == 0 or step == max_steps
         if evaluating:
             with meter.paused():

@@ -6,11 +6,9 @@ import functools
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
-import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -253,8 +251,10 @@ def read_meta(path, tokenizer, made_by):
             meta = json.load(f)
     except ValueError:
         raise SystemExit(f"{path}: not a whole JSON file; run python {made_by} again") from None
-    if meta.get("format") != FORMAT:
-        raise SystemExit(f"{path}: format {meta.get('format')}, this code reads {FORMAT}; run python {made_by} again")
+    if not isinstance(meta, dict) or not {"format", "tokenizer", "tokenizer_sha256", "train", "val"} <= meta.keys():
+        raise SystemExit(f"{path}: not what {made_by} writes; run python {made_by} again")
+    if meta["format"] != FORMAT:
+        raise SystemExit(f"{path}: format {meta['format']}, this code reads {FORMAT}; run python {made_by} again")
     if meta["tokenizer_sha256"] != tokenizer.sha256:
         raise SystemExit(f"{path}: made with {meta['tokenizer']} ({meta['tokenizer_sha256'][:8]}), but {tokenizer.name} "
                          f"is {tokenizer.sha256[:8]}; run python {made_by} again, or name the other with --tokenizer=")
@@ -290,16 +290,20 @@ def load_checkpoint(path, device="cpu"):
         raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+    except Exception as error:                                # a damaged pickle raises almost anything
         reason = "refused: it holds more than tensors and plain values" if "weights_only" in str(error) else "not whole"
         raise SystemExit(f"{path}: {reason}; take another checkpoint") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    needed = {"stage", "model", "shape", "tokenizer", "tokenizer_sha256"}
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not needed <= state.keys():
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     return state
 
 
-def open_run(out_dir, resume, overwrite, shape, tok):
-    """The checkpoint to go on with, or None to start anew. SystemExit rather than lose a run or mix two."""
+def open_run(out_dir, resume, overwrite, stage, identity):
+    """The checkpoint to go on with, or None to start anew. SystemExit rather than lose a run or mix two.
+
+    identity: what makes a run this one, {name: value}: the model's shape, the tokenizer, the order of the data.
+    """
     path = f"{out_dir}/last.pt"
     if not os.path.exists(path):
         if resume:
@@ -311,12 +315,13 @@ def open_run(out_dir, resume, overwrite, shape, tok):
     if not resume:
         return None
     saved = load_checkpoint(path)
-    differ = [f"{name} ({saved['shape'][name]}, now {value})" for name, value in shape.items()
-              if saved["shape"][name] != value]
-    if saved["tokenizer_sha256"] != tok.sha256:
-        differ.append(f"tokenizer ({saved['tokenizer']}, now {tok.name})")
+    if saved["stage"] != stage or "optimizers" not in saved:
+        raise SystemExit(f"{path}: {'a best.pt' if saved['stage'] == stage else 'of ' + saved['stage'] + '.py'}, and not the "
+                         f"last.pt of a run of {stage}.py, which alone can be resumed")
+    differ = [f"{name} (then {saved['identity'].get(name)}, now {value})" for name, value in identity.items()
+              if saved["identity"].get(name) != value]
     if differ:
-        raise SystemExit(f"{path} was made with another {', '.join(differ)}; give the constants of that run")
+        raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the constants that it had")
     return saved
 
 
@@ -341,10 +346,22 @@ def restore(saved, model, optimizers, scaler):
     if saved is None:
         return 0, math.inf, 0
     model.load_state_dict(saved["model"])
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+    if len(optimizers) != len(saved["optimizers"]):
+        raise SystemExit("last.pt was made with and this run is without Muon, or the reverse: give muon_lr as it was then")
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        now = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
+        for group, constants in zip(optimizer.param_groups, now):
+            group.update(constants)            # learning rates and decay are those of now, the moments those of then
     scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"], saved["skipped"]
+
+
+def refuse_to_save_nan(model, step, out_dir):
+    """SystemExit, on every process, if a weight is no longer finite: last.pt then still is."""
+    if not all(bool(w.isfinite().all()) for w in model.parameters()):
+        raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was saved: --resume goes on from "
+                         f"{out_dir}/last.pt, with a lower learning rate for instance")
 
 
 class Meter:
@@ -353,19 +370,19 @@ class Meter:
     def __init__(self, start, max_steps, process):
         self.max_steps, self.process = max_steps, process
         self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if process.is_main else True)
-        self.clock, self.targets = time.perf_counter(), 0
+        self.clock, self.last = time.perf_counter(), start
 
-    def step(self, row, targets, skipped, interval):
+    def step(self, row, skipped, interval):
+        """Count a step, whose row for the log this is; say how it goes at every interval-th."""
         self.bar.update()
-        self.targets += targets
         if row["step"] % interval and row["step"] != self.max_steps:
             return
-        speed = self.targets / (time.perf_counter() - self.clock)
-        left = (self.max_steps - row["step"]) * row["tokens"] / row["step"] / speed
+        steps_per_s = (row["step"] - self.last) / (time.perf_counter() - self.clock)
+        speed, left = steps_per_s * row["tokens"] / row["step"], (self.max_steps - row["step"]) / steps_per_s
         self.process.print(f"step {row['step']:>6}/{self.max_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                            f"norm {row['grad_norm']:.2f}  {speed:,.0f} tokens/s  {seconds_as_text(left)} left"
                            + f"  {skipped} skipped" * (skipped > 0))
-        self.clock, self.targets = time.perf_counter(), 0
+        self.clock, self.last = time.perf_counter(), row["step"]
 
     @contextmanager
     def paused(self):

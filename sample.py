@@ -72,6 +72,8 @@ def chat(model, tok, generator):
 
 
 def main():
+    if top_p <= 0 or repetition_penalty <= 0:
+        raise SystemExit(f"top_p ({top_p}) and repetition_penalty ({repetition_penalty}) must be above 0")
     saved = runtime.load_checkpoint(checkpoint)
     tok = tokenizers.load(tokenizer or saved["tokenizer"])
     if tok.sha256 != saved["tokenizer_sha256"]:

@@ -153,11 +153,15 @@ def main():
         raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
     shape = pretrained["shape"]
     max_seq_len = shape["max_seq_len"]
-    saved = runtime.open_run(out_dir, resume, overwrite, shape, tok)
     train, val = (Examples(part, meta[part], max_seq_len, tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
+    if not (n_rows and n_val_rows and max_steps):
+        raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, and epochs is {epochs}: none of "
+                         "them may be 0; prepare_sft.py with more text, or a larger val_fraction")
+    identity = {**shape, "tokenizer": tok.sha256, "rows": n_rows, "batch_tokens": batch_tokens, "seed": seed}
+    saved = runtime.open_run(out_dir, resume, overwrite, "sft", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
@@ -170,11 +174,12 @@ def main():
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
+        runtime.refuse_to_save_nan(model, step, out_dir)
         if process.is_main:
             log.flush()                                                # never behind a checkpoint
             runtime.save_checkpoint(f"{out_dir}/{name}", {
                 "stage": "sft", "model": model.state_dict(), "shape": shape, "step": step,
-                "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+                "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
 
     stop, asked, meter = runtime.StopRequest(), False, runtime.Meter(start, max_steps, process)
     for step in range(start + 1, max_steps + 1):
@@ -214,7 +219,7 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
         row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)
-        meter.step(row, n_targets, skipped, log_interval)
+        meter.step(row, skipped, log_interval)
         evaluating = step % eval_interval == 0 or step == max_steps
         if evaluating:
             with meter.paused():

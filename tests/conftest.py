@@ -106,7 +106,7 @@ def sft_dir(tok, tmp_path_factory):
 
 
 def run(script, cwd, *args, stdin="", torchrun=0, code=None, timeout=200):
-    """Run a script of the project and return .rc, .out, .err; torchrun: this many processes; code: Python that runs first."""
+    """Run a script; returns .rc, .out, .err. torchrun: with this many processes; code: Python that runs before it."""
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--rdzv_backend=c10d",

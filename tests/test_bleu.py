@@ -17,8 +17,8 @@ ALPHABET = ("的一是不了人我在有他这中大来上国小猫狗花" "。�
 
 
 def random_text(rng, most=40):
-    if rng.random() < 0.3:                                               # numbers with points, dates, sentences of words
-        return rng.choice(["3.14元", "1,000.5", "2020-01-02", "10-20岁", "e.g. 约3.5kg", "A-B test", "a.b,c", "第1.章", "5."])
+    if rng.random() < 0.3:  # numbers with points, dates, sentences of words
+        return rng.choice(["3.14元", "1,000.5", "2020-01-02", "10-20岁", "e.g. 约3.5kg", "A-B test", "a.b,c", "第1.章"])
     return "".join(rng.choices(ALPHABET, k=rng.randrange(most)))
 
 
@@ -45,7 +45,7 @@ def test_sentence_bleu_is_that_of_sacrebleu():
         expected = sacrebleu.sentence_bleu(answer, [reference], tokenize="zh").score
         scores.append(eval_bleu.bleu(eval_bleu.statistics(answer, reference), is_sentence=True))
         assert scores[-1] == pytest.approx(expected, abs=1e-6), ascii((answer, reference))
-    assert sum(s == 0 for s in scores) > 50 and sum(s > 99 for s in scores) > 50 and sum(20 < s < 80 for s in scores) > 50
+    assert min(sum(s == 0 for s in scores), sum(s > 99 for s in scores), sum(20 < s < 80 for s in scores)) > 50
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 50])
@@ -82,7 +82,8 @@ def test_the_script_answers_and_writes_a_table(tok, tmp_path, monkeypatch, capsy
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             f.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     for name, value in dict(checkpoint=str(tmp_path / "best.pt"), questions=str(tmp_path / "test.jsonl"), n_questions=4,
-                            batch_size=2, max_new_tokens=6, out=str(tmp_path / "bleu.md"), device="cpu", dtype="float32").items():
+                            batch_size=2, max_new_tokens=6, out=str(tmp_path / "bleu.md"),
+                            device="cpu", dtype="float32").items():
         monkeypatch.setattr(eval_bleu, name, value)
     eval_bleu.main()
     said, table = capsys.readouterr().out, (tmp_path / "bleu.md").read_text("utf-8")
@@ -93,8 +94,9 @@ def test_the_script_answers_and_writes_a_table(tok, tmp_path, monkeypatch, capsy
 
 
 def test_a_questions_file_that_cannot_be_read_ends_in_one_sentence(tmp_path, monkeypatch):
-    for content in ("", "{broken\n", '{"no": "messages"}\n', '{"messages": [{"role": "user", "content": "q"}]}\n', "[1]\n",
-                    '{"messages": "text"}\n', '{"messages": [1, 2]}\n', '{"messages": [{"role": "user"}, {"role": "assistant"}]}\n'):
+    for content in ("", "{broken\n", '{"no": "messages"}\n', '{"messages": [{"role": "user", "content": "q"}]}\n',
+                    "[1]\n", '{"messages": "text"}\n', '{"messages": [1, 2]}\n',
+                    '{"messages": [{"role": "user"}, {"role": "assistant"}]}\n'):
         (tmp_path / "q.jsonl").write_text(content, encoding="utf-8")
         monkeypatch.setattr(eval_bleu, "questions", str(tmp_path / "q.jsonl"))
         with pytest.raises(SystemExit, match="q.jsonl"):

@@ -30,8 +30,9 @@ def override(tmp_path):
     path.write_text(SCRIPT, encoding="utf-8")
 
     def call(*argv):
-        namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": "A script.", "later": 3, "LETTERS": ["a"],
-                     "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False, "limit": 10}
+        namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": "A script.", "later": 3,
+                     "LETTERS": ["a"], "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b",
+                     "compile": False, "limit": 10}
         constants = config.override(namespace, list(argv))
         assert all(namespace[key] == value for key, value in constants.items())
         return constants
@@ -53,7 +54,8 @@ def test_without_arguments_the_constants_are_those_of_the_file(override):
 @pytest.mark.parametrize("argument, name, value", [
     ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
     ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
-    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0), ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
+    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0),
+    ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
     ("--name=从前", "name", "从前")])
 def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
     changed = override(argument)
@@ -62,8 +64,9 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
 
 
 @pytest.mark.parametrize("argument, said", [
-    ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"), ("--rate=inf", "float"),
-    ("--compile=maybe", "bool"), ("--steps", "needs a value"), ("steps=3", "--name=value"), ("--step=3", "--steps"),
+    ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"),
+    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "needs a value"),
+    ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
     ("--steps=0", "at least 1"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
@@ -92,13 +95,14 @@ def test_help_prints_every_constant_with_default_and_comment(override, capsys):
 
 def test_an_imported_script_ignores_the_command_line(override, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "--steps=9", "-q"])
-    namespace = {"__name__": "script", "__file__": str(tmp_path / "script.py"), "__doc__": "", "steps": 1000, "rate": 3e-4,
-                 "shift": -1, "name": "", "compile": False, "limit": 10}
+    namespace = {"__name__": "script", "__file__": str(tmp_path / "script.py"), "__doc__": "", "steps": 1000,
+                 "rate": 3e-4,                  "shift": -1, "name": "", "compile": False, "limit": 10}
     assert config.override(namespace)["steps"] == 1000
     assert config.override({**namespace, "__name__": "__mp_main__"}, ["--steps=9"])["steps"] == 9   # a spawned worker
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("*.py") if "override(globals())" in p.read_text("utf-8")
+@pytest.mark.parametrize("script",
+                         sorted(p.name for p in ROOT.glob("*.py") if "override(globals())" in p.read_text("utf-8")
                                           and p.name != "config.py"))
 def test_every_constant_of_every_script_has_a_comment(script):
     comments = config.constants_of(ROOT / script)

@@ -1,4 +1,4 @@
-"""model.py against transformers, torch's own cross-entropy and attention, and loops that compute the same the long way."""
+"""model.py against transformers, torch's own functions, and loops that compute the same the long way."""
 import math
 
 import pytest
@@ -32,8 +32,9 @@ def like_transformers(kind, config, weights):
     """The network of `transformers` of that kind, with these weights under its names."""
     import transformers
     shape = dict(vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
-                 num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, rms_norm_eps=config.norm_eps,
-                 intermediate_size=config.hidden_dim, max_position_embeddings=config.max_seq_len,
+                 num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
+                 rms_norm_eps=config.norm_eps, intermediate_size=config.hidden_dim,
+                 max_position_embeddings=config.max_seq_len,
                  rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
                  tie_word_embeddings=config.tie_embeddings, attn_implementation="eager")
     if kind != "Qwen2":
@@ -46,7 +47,8 @@ def like_transformers(kind, config, weights):
              "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
     for i in range(config.n_layers):
         names.update({f"blocks.{i}.{a}": f"model.layers.{i}.{b}" for a, b in parts.items()})
-    theirs.load_state_dict({names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]: w for name, w in weights.items()})
+    split = {name: name.rpartition(".") for name in weights}
+    theirs.load_state_dict({f"{names[split[name][0]]}.{split[name][2]}": w for name, w in weights.items()})
     return theirs
 
 
@@ -76,11 +78,12 @@ def test_packed_documents_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(dim=30, n_heads=4, n_kv_heads=4), "must divide dim"), (dict(n_heads=6, n_kv_heads=4, dim=36), "must divide n_heads"),
-    (dict(dim=12, n_heads=4), "even"), (dict(n_layers=0), "n_layers"), (dict(dim=-32), "dim"), (dict(n_heads=0), "n_heads"),
-    (dict(n_kv_heads=-2), "n_kv_heads"), (dict(max_seq_len=0), "max_seq_len"), (dict(vocab_size=0), "vocab_size"),
-    (dict(hidden_dim=-64), "hidden_dim"), (dict(head_dim=-4), "head_dim"), (dict(rope_theta=0.0), "rope_theta"),
-    (dict(rope_theta=-1.0), "rope_theta")])
+    (dict(dim=30, n_heads=4, n_kv_heads=4), "must divide dim"),
+    (dict(n_heads=6, n_kv_heads=4, dim=36), "must divide n_heads"),
+    (dict(dim=12, n_heads=4), "even"), (dict(n_layers=0), "n_layers"), (dict(dim=-32), "dim"),
+    (dict(n_heads=0), "n_heads"), (dict(n_kv_heads=-2), "n_kv_heads"), (dict(max_seq_len=0), "max_seq_len"),
+    (dict(vocab_size=0), "vocab_size"), (dict(hidden_dim=-64), "hidden_dim"), (dict(head_dim=-4), "head_dim"),
+    (dict(rope_theta=0.0), "rope_theta"), (dict(rope_theta=-1.0), "rope_theta")])
 def test_a_shape_that_cannot_work_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         ModelConfig(**{"vocab_size": 97, **TINY, **options})
@@ -98,7 +101,7 @@ def test_flops_are_those_that_torch_counts(options):
     model, B, T = tiny(**options), 3, 64
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # fused attention is not counted
         model(rows(B, T), rows(B, T)).backward()
-    c = model.config        # torch counts all T x T scores: the causal half that flops_per_token leaves out comes on top
+    c = model.config  # torch counts all T x T scores: the causal half that flops_per_token leaves out comes on top
     assert counter.get_total_flops() == B * T * (model.flops_per_token(T) + 6 * c.n_layers * c.n_heads * c.head_dim * T)
 
 
@@ -120,17 +123,19 @@ def loss_and_gradients(model, x, y, loss_of):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("chunk", [256, 7, 1])                           # 4 x 13 = 52 tokens: one chunk, 7 x 7 + 3, each
+@pytest.mark.parametrize("chunk", [256, 7, 1])  # 4 x 13 = 52 tokens: one chunk, 7 x 7 + 3, each
 def test_loss_and_gradients_are_those_of_cross_entropy_on_all_logits(monkeypatch, tied, chunk):
     monkeypatch.setattr(models, "loss_rows", lambda device: chunk)
     model, x, y = tiny(tie_embeddings=tied, qkv_bias=True, qk_norm=True), rows(4, 13), some_targets(4, 13)
-    long_way = lambda x, y: F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction="sum", ignore_index=IGNORE)
+    long_way = lambda x, y: F.cross_entropy(model(x).flatten(0, 1).double(), y.flatten(), reduction="sum",
+                                            ignore_index=IGNORE)
     loss, gradients = loss_and_gradients(model, x, y, model)
     expected, expected_gradients = loss_and_gradients(model, x, y, long_way)
     assert loss.dtype == torch.float32 and expected > 50
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     for name, expected in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item(), msg=name)
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item(),
+                                   msg=name)
 
 
 def test_the_loss_of_no_targets_is_zero_and_moves_nothing():
@@ -160,7 +165,8 @@ def test_loss_and_gradients_in_bfloat16_stay_close_to_float32():
 def greedy(model, prompt, n, stop_ids=()):
     """The same without a cache: the whole text again for each token."""
     ids = list(prompt)
-    while len(ids) < min(len(prompt) + n, model.config.max_seq_len) and not (len(ids) > len(prompt) and ids[-1] in stop_ids):
+    end = min(len(prompt) + n, model.config.max_seq_len)
+    while len(ids) < end and not (len(ids) > len(prompt) and ids[-1] in stop_ids):
         with torch.no_grad():
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
     return ids[len(prompt):]
@@ -200,7 +206,8 @@ def test_a_stop_id_ends_its_own_sequence_only_and_is_the_last_token():
 
 def test_generation_ends_where_the_context_is_full():
     model = tiny(max_seq_len=20)
-    assert answers(model, [[5, 6, 7]], 100)[0] == greedy(model, [5, 6, 7], 100) and len(greedy(model, [5, 6, 7], 100)) == 17
+    expected = greedy(model, [5, 6, 7], 100)
+    assert len(expected) == 17 and answers(model, [[5, 6, 7]], 100) == [expected]
     assert len(answers(model, [[1] * 19], 100)[0]) == 1
     for prompt in ([1] * 20, [1] * 21, []):
         with pytest.raises(ValueError, match="tokens"):
@@ -226,13 +233,13 @@ def naive_distribution(logits, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [
-    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 99, 1.0), (1.0, 0, 0.7), (1.0, 0, 0.01),
-    (0.7, 5, 0.8), (2.0, 4, 0.9)])
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 99, 1.0), (1.0, 0, 0.7),
+    (1.0, 0, 0.01), (0.7, 5, 0.8), (2.0, 4, 0.9)])
 def test_draws_follow_the_naive_distribution(temperature, top_k, top_p):
     logits = (torch.randn(12, generator=torch.Generator().manual_seed(3)) * 2).tolist()
     expected, n = naive_distribution(logits, temperature, top_k, top_p), 20_000
-    drawn = choose(torch.tensor(logits).expand(n, -1), torch.zeros(n, 12, dtype=torch.bool), temperature, top_k, top_p, 1.0,
-                   torch.Generator().manual_seed(4))
+    drawn = choose(torch.tensor(logits).expand(n, -1), torch.zeros(n, 12, dtype=torch.bool), temperature, top_k, top_p,
+                   1.0, torch.Generator().manual_seed(4))
     assert drawn.shape == (n, 1)
     counts = drawn.flatten().bincount(minlength=12).tolist()
     assert {i for i, count in enumerate(counts) if count} <= set(expected)
@@ -244,7 +251,8 @@ def test_the_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
     for seed in range(200):
         random = torch.Generator().manual_seed(seed)
-        logits, ids = torch.randn(4, 10, generator=random), torch.randint(10, (4, 6), generator=random)
+        logits = torch.randn(4, 10, generator=random) - seed % 2 * 3     # the largest above or below zero
+        ids = torch.randint(10, (4, 6), generator=random)
         seen = torch.zeros(4, 10, dtype=torch.bool).scatter_(1, ids, True)
         for penalty in (1.3, 0.8):
             expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()).argmax(-1, keepdim=True)
@@ -253,8 +261,9 @@ def test_the_repetition_penalty_is_that_of_transformers():
 
 def test_the_penalty_counts_the_prompt_and_the_answer_of_each_sequence_alone():
     model = tiny(vocab_size=23)
-    for prompt, answer in zip(PROMPTS[:1] + [[4, 5, 6]], answers(model, PROMPTS[:1] + [[4, 5, 6]], 18, repetition_penalty=1e9)):
-        assert len(set(prompt + answer)) == len(prompt + answer)         # nothing twice as long as there is something new
+    for prompt, answer in zip(PROMPTS[:1] + [[4, 5, 6]],
+                              answers(model, PROMPTS[:1] + [[4, 5, 6]], 18, repetition_penalty=1e9)):
+        assert len(set(prompt + answer)) == len(prompt + answer)  # nothing twice as long as there is something new
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not():

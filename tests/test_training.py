@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from model import IGNORE, Model, ModelConfig
 
 CPU = torch.device("cpu")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=32)
-LONG = 80                                                                # the context of fine-tuning: examples have 13 to 74
+LONG = 80  # the context of fine-tuning: examples have 13 to 74
 COMMON = dict(micro_batch=2, max_steps=6, eval_interval=3, warmup_steps=2, lr=0.01, muon_lr=0.01, device="cpu",
               dtype="float32", sample_prompts="", log_interval=1, compile="off")
 
@@ -46,8 +47,9 @@ def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
 
 
 def save_model(path, model, tok, stage, **more):
-    runtime.save_checkpoint(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config), "step": 0,
-                                        "constants": {}, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+    runtime.save_checkpoint(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+                                        "step": 0, "constants": {}, "tokenizer": tok.name,
+                                        "tokenizer_sha256": tok.sha256, **more})
 
 
 @contextmanager
@@ -175,7 +177,7 @@ def test_pack_puts_every_example_in_one_row_and_wastes_little(seed):
     rows = sft.pack(lengths, size)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= size for row in rows)
-    assert len(rows) <= 11 / 9 * max(math.ceil(lengths.sum() / size), (lengths > size / 2).sum()) + 1    # Johnson's bound
+    assert len(rows) <= 11 / 9 * max(math.ceil(lengths.sum() / size), (lengths > size / 2).sum()) + 1  # Johnson's bound
 
 
 def test_pack_of_full_half_and_no_examples():
@@ -186,7 +188,7 @@ def test_pack_of_full_half_and_no_examples():
 
 @pytest.fixture(scope="module")
 def examples(settings, tok):
-    """(the packed training split, the network to fine-tune, [(ids, mask)] of every example, [naive nats of each target])."""
+    """(the packed training split, the network to start from, (ids, mask) and naive nats per target of each example)."""
     with constants(sft, **settings[sft]):
         meta = json.loads(Path(sft.data_dir, "meta.json").read_text("utf-8"))
         data = sft.Examples("train", meta["train"], LONG, tok.vocab_size)
@@ -241,10 +243,11 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_global_batch(train, 
     assert row["loss"] == pytest.approx(sum(picked) / len(picked), rel=1e-5)
 
 
-def test_the_pretraining_loss_is_the_mean_over_all_tokens_of_the_global_batch(train, settings, tmp_path, pretrain_dir, tok):
+def test_the_pretraining_loss_is_the_mean_over_all_tokens_of_the_global_batch(train, tmp_path, pretrain_dir, tok):
     [row] = train(pretrain, "a", max_steps=1, lr=0.0, muon_lr=0)         # lr 0: the saved weights are the initial ones
     saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
-    model, data = Model.from_state(saved["shape"], saved["model"]), np.fromfile(pretrain_dir / "train.bin", dtype="<u2").astype(int)
+    model = Model.from_state(saved["shape"], saved["model"])
+    data = np.fromfile(pretrain_dir / "train.bin", dtype="<u2").astype(int)
     picked, documents = [], np.cumsum(np.append(0, data[:-1] == tok.eos_id))
     for i in runtime.batch_rows(0, 5, math.ceil((len(data) - 1) / 32), pretrain.seed):
         x, y = data[i * 32:(i + 1) * 32], data[i * 32 + 1:(i + 1) * 32 + 1]
@@ -268,9 +271,11 @@ def test_the_validation_loss_is_the_mean_over_the_whole_split(train, settings, t
         folder = Path(stage.data_dir)
         if stage is pretrain:
             data = np.fromfile(folder / "val.bin", dtype="<u2")
-            batches = [pretrain.read_batch(data, np.array([i]), tok, CPU) for i in range(math.ceil((len(data) - 1) / 32))]
+            n_rows = math.ceil((len(data) - 1) / 32)
+            batches = [pretrain.read_batch(data, np.array([i]), tok, CPU) for i in range(n_rows)]
         else:
-            data = sft.Examples("val", json.loads((folder / "meta.json").read_text("utf-8"))["val"], LONG, tok.vocab_size)
+            meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            data = sft.Examples("val", meta["val"], LONG, tok.vocab_size)
             batches = [sft.read_batch(data, np.array([i]), tok, CPU) for i in range(len(data.rows))]
         for x, y, cu_seqlens in batches:
             logp = model(x, cu_seqlens=cu_seqlens)[0].double()
@@ -318,8 +323,7 @@ def test_half_precision_learns_like_float32(train, stage, dtype, tmp_path):
 
 
 def test_an_overflow_in_float16_skips_the_step_lowers_the_scale_and_is_counted(train, tmp_path, monkeypatch, capsys):
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0 ** 40, enabled=enabled))
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0 ** 40))
     log = train(pretrain, "a", dtype="float16", max_steps=40, eval_interval=40, batch_tokens=2 * 32)
     saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
     assert 10 < saved["skipped"] < 35 and f"{saved['skipped']} skipped" in capsys.readouterr().out
@@ -397,6 +401,28 @@ def test_a_killed_run_resumes_exactly(train, settings, tmp_path, stage, when):
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_float16_run_resumes_with_its_scale(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0 ** 30))
+    how = dict(dtype="float16", max_steps=24, eval_interval=12, warmup_steps=24)  # no step depends on max_steps
+    train(pretrain, "whole", **how)
+    train(pretrain, "stopped", **{**how, "max_steps": 12})
+    train(pretrain, "stopped", **how, resume=True)
+    same_run(tmp_path / "whole", tmp_path / "stopped")
+    one, two = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "stopped"))
+    assert one["scaler"] == two["scaler"] and one["skipped"] == two["skipped"] > 5
+
+
+@BOTH
+def test_a_worse_validation_does_not_replace_the_best_also_after_resuming(train, tmp_path, stage, monkeypatch):
+    validations = iter([5.0, 4.0, 4.5, 4.25, 3.0])
+    monkeypatch.setattr(stage, "evaluate", lambda *args: (next(validations), 1.0))
+    train(stage, "a", max_steps=3, eval_interval=1)
+    for max_steps, best, of_step in ((3, 4.0, 2), (4, 4.0, 2), (5, 3.0, 5)):
+        train(stage, "a", max_steps=max_steps, eval_interval=1, resume=True)
+        assert runtime.load_checkpoint(tmp_path / "a" / "last.pt")["best"] == best
+        assert runtime.load_checkpoint(tmp_path / "a" / "best.pt")["step"] == of_step
+
+
 @BOTH
 def test_resuming_a_finished_run_changes_nothing(train, tmp_path, stage):
     train(stage, "a")
@@ -433,7 +459,8 @@ def test_resuming_takes_the_learning_rates_of_now(train, tmp_path, stage):
         torch.testing.assert_close(after["model"][name], w, rtol=0, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("how", [dict(eval_interval=1), dict(eval_interval=99, save_interval=1)], ids=["validated", "saved"])
+@pytest.mark.parametrize("how", [dict(eval_interval=1), dict(eval_interval=99, save_interval=1)],
+                         ids=["validated", "saved"])
 @BOTH
 def test_a_diverging_run_stops_with_a_sentence_and_leaves_no_poisoned_checkpoint(train, tmp_path, stage, how):
     good = train(stage, "a", max_steps=2, **how)
@@ -494,7 +521,8 @@ def edit_meta(**changes):
     (cut("train.bin", 1), "train.bin"), (cut("train.bin", 2), "train.bin"), (cut("val.bin", 4), "val.bin"),
     (swap("train.bin", "val.bin"), "bin"), (lambda f: os.remove(f / "val.bin"), "missing"),
     (lambda f: os.remove(f / "meta.json"), "prepare_"), (cut("meta.json", 5), "whole JSON"),
-    (lambda f: write_ids(f / "train.bin", 400), "token 400"), (edit_meta(format=2), "format 2"), (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
+    (lambda f: write_ids(f / "train.bin", 400), "token 400"), (edit_meta(format=2), "format 2"),
+    (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
     (lambda f: (f / "meta.json").write_text('{"format": 1}'), "meta.json")])
 @BOTH
 def test_damaged_bins_are_refused(broken, stage, harm, said):
@@ -587,16 +615,18 @@ def hostile_checkpoints(model, tok, folder):
     whole, rng = saved(state), random.Random(0)
     cases = {f"cut at {n}": whole[:n] for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)}
     cases.update({f"noise {i}": rng.randbytes(rng.randrange(1, 2000)) for i in range(150)})
-    for i in range(60):                                                  # a bad sector in the zip directory or the pickle
+    for i in range(60):  # a bad sector in the zip directory or the pickle
         at = rng.choice([rng.randrange(3000), len(whole) - rng.randrange(1, 3000)])
         cases[f"200 bytes of noise at {at}"] = whole[:at] + rng.randbytes(200) + whole[at + 200:]
-    cases.update({"text": b"hello", "a pickle": pickle.dumps([1, 2]), "no checkpoint": saved({"a": 1}), "a list": saved([1]),
+    cases.update({"text": b"hello", "a pickle": pickle.dumps([1, 2]), "no checkpoint": saved({"a": 1}),
+                  "a list": saved([1]),
                   "newer": saved({**state, "format": 2}), "only a number": saved({"format": 1}),
                   "payload": saved({**state, "x": Payload(str(folder / "ran"))}),
                   "bare payload": pickle.dumps(Payload(str(folder / "ran")))})
     return whole, cases
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok, tmp_path):
     model, path = Model(ModelConfig(tok.vocab_size, **SHAPE)), tmp_path / "best.pt"
     whole, cases = hostile_checkpoints(model, tok, tmp_path)
@@ -608,7 +638,7 @@ def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok,
         path.write_bytes(data)
         try:
             state = runtime.load_checkpoint(str(path))
-            if "noise" not in name:                                      # noise may hit the weights, which have no checksum
+            if "noise" not in name:  # noise may hit the weights, which have no checksum
                 wrong[name] = f"was taken: {list(state)}"
         except SystemExit as stopped:
             assert str(path) in stopped.code and "\n" not in stopped.code
@@ -627,13 +657,15 @@ def test_a_network_that_cannot_work_is_refused(broken, changes, said):
     assert said in broken(pretrain, **changes)
 
 
-BAD = ["--dtype=fp8", "--device=tpu", "--compile=maybe", "--micro_batch=0", "--micro_batch=-1", "--batch_tokens=0", "--seed=-1",
-       "--batch_tokens=-64", "--log_interval=0", "--eval_interval=0", "--eval_interval=-3", "--save_interval=-1", "--max_steps=-5",
-       "--epochs=0", "--epochs=-1", "--lr=-1", "--grad_clip=-1", "--warmup_steps=-1"]
-BAD_SHAPES = ["--dim=0", "--dim=-32", "--n_layers=0", "--n_heads=0", "--hidden_dim=-1", "--max_seq_len=0", "--max_seq_len=-32"]
+BAD = ["--dtype=fp8", "--device=tpu", "--compile=maybe", "--micro_batch=0", "--micro_batch=-1", "--batch_tokens=0",
+       "--seed=-1", "--batch_tokens=-64", "--log_interval=0", "--eval_interval=0", "--eval_interval=-3",
+       "--save_interval=-1", "--max_steps=-5", "--epochs=0", "--epochs=-1", "--lr=-1", "--grad_clip=-1",
+       "--warmup_steps=-1"]
+BAD_SHAPES = ["--dim=0", "--dim=-32", "--n_layers=0", "--n_heads=0", "--hidden_dim=-1", "--max_seq_len=0",
+              "--max_seq_len=-32"]
 
 
-@pytest.mark.parametrize("stage, argument", [(stage, a) for stage in (pretrain, sft) for a in BAD] + [(pretrain, a) for a in BAD_SHAPES],
+@pytest.mark.parametrize("stage, argument", [(pretrain, a) for a in BAD + BAD_SHAPES] + [(sft, a) for a in BAD],
                          ids=lambda value: getattr(value, "__name__", value))
 def test_a_constant_that_cannot_work_is_refused(train, settings, stage, argument):
     name = argument[2:].partition("=")[0]
