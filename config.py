@@ -97,22 +97,27 @@ def whole_file(path, mode="w"):
     aside = f"{path}.tmp"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(aside, mode, **text) as f:
+        with disk_space(path), open(aside, mode, **text) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except BaseException as error:
+    except BaseException:
         if os.path.exists(aside):
             os.remove(aside)
-        if disk_is_full(error):
-            raise SystemExit(f"{path}: the disk is full; what was there before is untouched, "
-                             "free some space and run the same command again") from None
         raise
 
 
-def disk_is_full(error):
-    """Whether that is what an exception comes from: torch.save, for one, raises another on top."""
-    while error and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
-        error = error.__context__
-    return error is not None
+@contextmanager
+def disk_space(path):
+    """Turn a full disk into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        cause = error                          # torch.save, for one, raises another exception on top
+        while cause and getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise SystemExit(f"{path}: the disk is full; what was saved before is whole, free some space and run the same "
+                         "command again") from None

@@ -264,7 +264,7 @@ class Corpus(NamedTuple):
 
 
 TEXT, CHAT = {}, {}
-HF = "huggingface-cli download --repo-type dataset "
+HF = "hf download --repo-type dataset "
 
 
 def corpus(table, name, what, get, cut="line"):

@@ -2,8 +2,8 @@
 
     python eval_bleu.py                                     100 questions of data/sft/test.jsonl
 
-BLEU (Papineni et al. 2002) as sacrebleu computes it with its `zh` tokenizer. It says how many words an answer shares with
-the reference, not whether it is right: read the table.
+BLEU (Papineni et al. 2002) as sacrebleu computes it with its `zh` tokenizer. It says how many words an answer shares
+with the reference, not whether it is right: read the table.
 """
 import json
 import math
@@ -94,7 +94,8 @@ def read_questions():
         raise SystemExit(f"{questions}: cannot be read as JSONL with messages ({error}); "
                          "run python prepare_sft.py, or name another with --questions=") from None
     if not pairs:
-        raise SystemExit(f"{questions}: no dialogue that ends in an answer; prepare_sft.py --test_fraction= sets how many go there")
+        raise SystemExit(f"{questions}: no dialogue that ends in an answer; prepare_sft.py --test_fraction= sets how "
+                         "many go there")
     return pairs[:n_questions] if n_questions else pairs
 
 

@@ -394,10 +394,9 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = orthogonalize(torch.stack(nesterov).to(self.dtype))                           # (n, rows, columns)
+                update = orthogonalize(torch.stack(nesterov).to(self.dtype)).to(params[0].dtype)     # (n, rows, columns)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()),
-                                    alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def orthogonalize(g):

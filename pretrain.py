@@ -89,7 +89,7 @@ def schedule(step):
 
 @torch.no_grad()
 def evaluate(model, data, n_rows, tok, token_bytes, autocast, process):
-    """Mean loss in nats per token and in bits per byte of text, over the first n_rows rows, shared by all processes."""
+    """Mean loss in nats per token and in bits per byte of text, on the first n_rows rows, a share in each process."""
     nats, targets, n_bytes = [], 0, 0
     for rows in runtime.micro_batches(np.arange(n_rows), micro_batch, process):
         x, y, cu_seqlens = read_batch(data, rows, tok, process.device)
@@ -123,8 +123,8 @@ def main():
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
     if not (n_rows and n_val_rows and max_steps):
-        raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, and epochs is {epochs}: none of "
-                         "them may be 0; prepare_pretrain.py with more text, or a larger val_fraction")
+        raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
+                         "of them may be 0; prepare_pretrain.py with more text, or a larger val_fraction")
     try:
         shape = ModelConfig(tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
                             tie_embeddings=tie_embeddings, qk_norm=qk_norm)
@@ -140,7 +140,7 @@ def main():
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
     forward = runtime.parallel(runtime.compiled(model, compile, process.device), process)
-    runtime.announce(model, process, dtype_name, (max_steps - start), batch_rows, micro_batch, n_rows)
+    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
@@ -150,7 +150,8 @@ def main():
             log.flush()                                                # never behind a checkpoint
             runtime.save_checkpoint(f"{out_dir}/{name}", {
                 "stage": "pretrain", "model": model.state_dict(), "shape": vars(shape), "step": step,
-                "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+                "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
+                **more})
 
     stop, asked, meter = runtime.StopRequest(), False, runtime.Meter(start, max_steps, process)
     for step in range(start + 1, max_steps + 1):
@@ -183,13 +184,14 @@ def main():
         elif scaler.is_enabled():                                      # float16 overflowed: the scaler now goes lower
             skipped += 1
         else:
-            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it was "
-                             f"saved: --resume goes on from {out_dir}/last.pt, with a lower learning rate for instance")
+            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it "
+                             f"was saved: --resume goes on from {out_dir}/last.pt, with a lower learning rate perhaps")
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)
+        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss,
+                   grad_norm=grad_norm)
         meter.step(row, skipped, log_interval)
         evaluating = step % eval_interval == 0 or step == max_steps
         if evaluating:

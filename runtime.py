@@ -75,8 +75,8 @@ def start(device, batch_rows=1, constants=()):
     if kind == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // local_size))         # torchrun sets 1 where nothing is set
     if batch_rows < world_size:
-        raise SystemExit(f"batch_tokens is {batch_rows} rows of max_seq_len tokens, and there are {world_size} processes: "
-                         "each needs a row at least")
+        raise SystemExit(f"batch_tokens is {batch_rows} rows of max_seq_len tokens, and each of the {world_size} processes "
+                         "needs one at least")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
@@ -108,8 +108,8 @@ def check_equal(constants, process):
     differ = [name for name in constants if any(other.get(name) != everyone[0].get(name) for other in everyone)]
     if differ:
         finish()
-        raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the same constants, and on "
-                         "several machines with the same files (or one shared folder)")
+        raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the same constants, and "
+                         "on several machines with the same files (or one shared folder)")
 
 
 def precision(device, dtype):
@@ -172,14 +172,14 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows):
     tokens, a_round = steps * batch_rows * T, min(micro_batch, math.ceil(batch_rows / process.world_size))
     memory = model.bytes_to_train(a_round * T, 4 if dtype == "float32" else 2)
     flops, rate = model.flops_per_token(T), matmul_rate(process.device, dtype)
-    seconds = tokens * flops / (0.35 * rate * process.world_size)
+    seconds, rate = tokens * flops / (0.35 * rate * process.world_size), f"{process.world_size} x {rate:.3g} FLOP/s"
     process.print(f"""\
 device      {process.world_size} x {process.device.type}, products in {dtype}
 parameters  {model.n_params():,}, of which {model.embedding.weight.numel():,} embed the tokens
 step        {batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {a_round} at a time in each process
 training    {steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} epochs of {n_rows:,} rows
 memory      about {memory / 2**30:.1f} GiB a process: weights, gradients, moments, activations of {a_round} rows, logits
-time        about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {process.world_size} x {rate:.3g} FLOP/s)""")
+time        about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {rate} measured)""")
 
 
 def to_device(array, device):
@@ -256,23 +256,26 @@ def read_meta(path, tokenizer, made_by):
     if meta["format"] != FORMAT:
         raise SystemExit(f"{path}: format {meta['format']}, this code reads {FORMAT}; run python {made_by} again")
     if meta["tokenizer_sha256"] != tokenizer.sha256:
-        raise SystemExit(f"{path}: made with {meta['tokenizer']} ({meta['tokenizer_sha256'][:8]}), but {tokenizer.name} "
-                         f"is {tokenizer.sha256[:8]}; run python {made_by} again, or name the other with --tokenizer=")
+        made_with = f"{meta['tokenizer']} ({meta['tokenizer_sha256'][:8]})"
+        raise SystemExit(f"{path}: made with {made_with}, but {tokenizer.name} is {tokenizer.sha256[:8]}; "
+                         f"run python {made_by} again, or name the other with --tokenizer=")
     return meta
 
 
 def open_bin(path, dtype, length, made_by, below=None):
-    """A flat array on disk, read where it is touched. SystemExit if it has not the length that meta.json says, or holds
-    a number that is not below `below`."""
+    """A flat array on disk, read where it is touched.
+
+    SystemExit if it has not the length that meta.json says, or holds a number that is not below `below`.
+    """
     expected = length * np.dtype(dtype).itemsize
-    there = os.path.getsize(path) if os.path.exists(path) else None
+    there = os.path.getsize(path) if os.path.exists(path) else 0
     if there != expected:
-        raise SystemExit(f"{path}: {'missing' if there is None else f'{there:,} bytes'} where meta.json says {expected:,}; "
-                         f"run python {made_by} again")
+        raise SystemExit(f"{path}: {there:,} bytes where meta.json says {expected:,}; run python {made_by} again")
     data = np.memmap(path, dtype=dtype, mode="r") if length else np.zeros(0, dtype)
     for at in range(0, length if below else 0, 1 << 24):
         if (largest := data[at:at + (1 << 24)].max()) >= below:
-            raise SystemExit(f"{path}: holds token {largest}, but the tokenizer has {below:,}; run python {made_by} again")
+            raise SystemExit(f"{path}: holds token {largest}, but the tokenizer has {below:,}; "
+                             f"run python {made_by} again")
     return data
 
 
@@ -316,12 +319,12 @@ def open_run(out_dir, resume, overwrite, stage, identity):
         return None
     saved = load_checkpoint(path)
     if saved["stage"] != stage or "optimizers" not in saved:
-        raise SystemExit(f"{path}: {'a best.pt' if saved['stage'] == stage else 'of ' + saved['stage'] + '.py'}, and not the "
-                         f"last.pt of a run of {stage}.py, which alone can be resumed")
+        raise SystemExit(f"{path}: made by {saved['stage']}.py{', as best.pt' * ('optimizers' not in saved)}; only the "
+                         f"last.pt of {stage}.py can be resumed here")
     differ = [f"{name} (then {saved['identity'].get(name)}, now {value})" for name, value in identity.items()
               if saved["identity"].get(name) != value]
     if differ:
-        raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the constants that it had")
+        raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the constants it had")
     return saved
 
 
@@ -347,7 +350,7 @@ def restore(saved, model, optimizers, scaler):
         return 0, math.inf, 0
     model.load_state_dict(saved["model"])
     if len(optimizers) != len(saved["optimizers"]):
-        raise SystemExit("last.pt was made with and this run is without Muon, or the reverse: give muon_lr as it was then")
+        raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         now = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
@@ -360,8 +363,8 @@ def restore(saved, model, optimizers, scaler):
 def refuse_to_save_nan(model, step, out_dir):
     """SystemExit, on every process, if a weight is no longer finite: last.pt then still is."""
     if not all(bool(w.isfinite().all()) for w in model.parameters()):
-        raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was saved: --resume goes on from "
-                         f"{out_dir}/last.pt, with a lower learning rate for instance")
+        raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was saved: --resume goes on "
+                         f"from {out_dir}/last.pt, with a lower learning rate for instance")
 
 
 class Meter:
@@ -412,13 +415,15 @@ class Log:
 
     def row(self, **values):
         if self.file:
-            self.writer.writerow(values)
+            with config.disk_space(self.file.name):
+                self.writer.writerow(values)
 
     def flush(self):
         """Bring the rows to the disk: before a checkpoint, so that the log is never behind it."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with config.disk_space(self.file.name):
+                self.file.flush()
+                os.fsync(self.file.fileno())
 
 
 def read_log(path):

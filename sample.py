@@ -30,14 +30,17 @@ dtype              = "auto"             # auto (bfloat16 where the device has it
 config.override(globals())
 
 
-def stream(model, tok, ids, stop_ids, generator):
+def stream(model, tok, ids, stop_ids, generator, continues=False):
     """Print the continuation of ids as it comes; returns its text. Ctrl-C ends it."""
-    room = model.config.max_seq_len - min(max_new_tokens, model.config.max_seq_len // 2)
+    context = model.config.max_seq_len
+    room = context - min(max_new_tokens, context // 2)
     if len(ids) > room:
-        print(f"[the prompt has {len(ids)} tokens, the context {model.config.max_seq_len}: only its end is read]",
-              file=sys.stderr)
+        print(f"[the prompt has {len(ids)} tokens, the context {context}: only its end is read]", file=sys.stderr)
         ids = ids[:1] + ids[len(ids) - room + 1:]              # its beginning is bos, or the first word
     decoder, text, n, began = tokenizers.StreamDecoder(tok), "", 0, time.perf_counter()
+    if continues:
+        for id in ids:                                         # what comes is in the middle of a text, not its beginning
+            decoder.push(id)
     try:
         for (token,) in generate(model, [ids], max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop_ids,
                                  generator=generator):
@@ -98,7 +101,7 @@ def main():
             stream(model, tok, tok.prompt([{"role": "user", "content": text}]), tok.stop_ids, generator)
         else:
             print(text, end="", flush=True)
-            stream(model, tok, [tok.bos_id] + tok.encode(text), {tok.eos_id}, generator)
+            stream(model, tok, [tok.bos_id] + tok.encode(text), {tok.eos_id}, generator, continues=True)
 
 
 if __name__ == "__main__":

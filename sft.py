@@ -86,8 +86,8 @@ class Examples:
         self.starts = runtime.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
         lengths = np.diff(self.starts) - 1                             # n tokens are n - 1 inputs, each with a target
         if lengths.max(initial=0) > size:
-            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and the model of {checkpoint} "
-                             f"reads {size}: run python prepare_sft.py --max_seq_len={size}")
+            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and the model of "
+                             f"{checkpoint} reads {size}: run python prepare_sft.py --max_seq_len={size}")
         self.rows, self.size = pack(lengths, size), size
         targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if len(lengths) else lengths
         self.targets = np.array([targets[row].sum() for row in self.rows])
@@ -123,7 +123,7 @@ def schedule(step):
 
 @torch.no_grad()
 def evaluate(model, data, n_rows, tok, token_bytes, autocast, process):
-    """Mean loss of the answers in nats per token and in bits per byte, over n_rows rows, shared by all processes."""
+    """Mean loss of the answers in nats per token and in bits per byte, on n_rows rows, a share in each process."""
     nats, targets, n_bytes = [], 0, 0
     for rows in runtime.micro_batches(np.arange(n_rows), micro_batch, process):
         x, y, cu_seqlens = read_batch(data, rows, tok, process.device)
@@ -139,8 +139,8 @@ def sample(model, tok, autocast, process):
     """Print the most likely answers to sample_prompts."""
     for question in filter(None, sample_prompts.split("|")):
         with autocast:
-            ids = [row[0] for row in generate(model, [tok.prompt([{"role": "user", "content": question}])], sample_tokens,
-                                              temperature=0, stop_ids=tok.stop_ids)]
+            ids = [row[0] for row in generate(model, [tok.prompt([{"role": "user", "content": question}])],
+                                              sample_tokens, temperature=0, stop_ids=tok.stop_ids)]
         print(f"  | {question} -> {tok.decode(ids)}".replace("\n", "\n  | "), flush=True)
 
 
@@ -158,8 +158,8 @@ def main():
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
     if not (n_rows and n_val_rows and max_steps):
-        raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, and epochs is {epochs}: none of "
-                         "them may be 0; prepare_sft.py with more text, or a larger val_fraction")
+        raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
+                         "of them may be 0; prepare_sft.py with more text, or a larger val_fraction")
     identity = {**shape, "tokenizer": tok.sha256, "rows": n_rows, "batch_tokens": batch_tokens, "seed": seed}
     saved = runtime.open_run(out_dir, resume, overwrite, "sft", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
@@ -169,7 +169,7 @@ def main():
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
     forward = runtime.parallel(runtime.compiled(model, compile, process.device), process)
-    runtime.announce(model, process, dtype_name, (max_steps - start), batch_rows, micro_batch, n_rows)
+    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
@@ -179,7 +179,8 @@ def main():
             log.flush()                                                # never behind a checkpoint
             runtime.save_checkpoint(f"{out_dir}/{name}", {
                 "stage": "sft", "model": model.state_dict(), "shape": shape, "step": step,
-                "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, **more})
+                "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
+                **more})
 
     stop, asked, meter = runtime.StopRequest(), False, runtime.Meter(start, max_steps, process)
     for step in range(start + 1, max_steps + 1):
@@ -212,13 +213,14 @@ def main():
         elif scaler.is_enabled():                                      # float16 overflowed: the scaler now goes lower
             skipped += 1
         else:
-            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it was "
-                             f"saved: --resume goes on from {out_dir}/last.pt, with a lower learning rate for instance")
+            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it "
+                             f"was saved: --resume goes on from {out_dir}/last.pt, with a lower learning rate perhaps")
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)
+        row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step), loss=train_loss,
+                   grad_norm=grad_norm)
         meter.step(row, skipped, log_interval)
         evaluating = step % eval_interval == 0 or step == max_steps
         if evaluating:

@@ -337,7 +337,7 @@ def test_all_files_of_a_list_a_folder_and_a_pattern_are_read(tmp_path):
 
 @pytest.mark.parametrize("spec, parts", [
     ("wikipedia_cn:nowhere.json", ["nowhere.json", "Wikipedia",
-    "huggingface-cli download --repo-type dataset pleisto/"]),
+    "hf download --repo-type dataset pleisto/"]),
     ("wikipedia:a.json", ["wikipedia:a.json", "perhaps wikipedia_cn:a.json"]), ("a.json", ["name:path"]),
     ("", ["none given"]),
 ])

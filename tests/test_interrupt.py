@@ -45,9 +45,25 @@ def run(command, out_dir, cwd, kill_after=None, number=None):
         return False, output
     except subprocess.TimeoutExpired:
         # a machine that goes away takes all its processes at once
-        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        for pid in family(process.pid) if number == signal.SIGKILL else [process.pid]:
+            os.kill(pid, number)
         output, _ = process.communicate(timeout=120)
         return True, output
+
+
+def family(pid):
+    """A process and all below it: torchrun gives every worker a session of its own, so killing a group misses them."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):                     # without /proc: the process alone
+        try:
+            child, _, rest = stat.read_text().partition(" ")
+        except OSError:                                                # it has just ended
+            continue
+        parents.setdefault(int(rest.rpartition(")")[2].split()[1]), []).append(int(child))
+    found = [pid]
+    for one in found:
+        found += sorted(parents.get(one, []))
+    return found
 
 
 def final_state(out_dir):

@@ -1,0 +1,470 @@
+"""Files, texts and dialogues that a generator has spoilt: each record is used or counted, and nothing ends in a traceback.
+
+    pytest tests/test_fuzz.py                                400 cases
+    python tests/test_fuzz.py --cases=10000 --seed=2         a soak
+    python tests/test_fuzz.py --seed=2 --first=17 --cases=1  one case again
+"""
+import base64
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import sys
+import tempfile
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import config                                                                                # noqa: E402
+import corpora                                                                               # noqa: E402
+import prepare_pretrain                                                                      # noqa: E402
+import prepare_sft                                                                           # noqa: E402
+import tokenizer                                                                             # noqa: E402
+from conftest import story, train_tokenizer                                                  # noqa: E402
+from corpora import CHAT, TEXT, Bad                                                          # noqa: E402
+
+cases = 400    # how many
+seed  = 1      # of all of them; a case depends on the seed and its own number only
+first = 0      # number of the first one
+config.override(globals())
+
+
+# ---- texts, records, files ------------------------------------------------------------------------------------------
+
+HOSTILE = [*tokenizer.CONTROLS, "<s>", "</s>", "<pad>", "<unk>", "<0x0A>", "<|endoftext|>", "<bos>", "<eos>", "\u2581", "\x00",
+           "\x1b", "\x7f", "\x85", "\u2028", "\ufeff", "\u200b", "\u3000", "\ufffd", "\ud800", "\udfff\ud800", "\r", "\r\n", "\n\n\n",
+           "\t ", '"', "'", "\\", "{", "}", "[", "]", ",", ":", "\\u0000", "<b>", "</p>", "<a href='x'>", "<!--", "-->", "<script>",
+           "&amp;lt;", "&#0;", "&nbsp;", "&#xD800;", "！！！！！", "………", "......", "电话：010-62345678", "QQ：12345", "a@b.cn",
+           "http://a.cn/b", "（", "）", "\u0301", "\u0387" * 9, "\nHuman: ", "\nAssistant：", "Human:", "😀", "e\u0323\u0301"]
+STRANGE = [None, 0, -1.5, True, float("inf"), "", " ", "字", [], ["字", ["字"]], [[]], {}, {"text": {"text": "字"}}, [None], [{}],
+           {"role": "user"}, 10 ** 30]
+SIGNS = [b"\x00", b"\n", b"\r\n", b"\r", b'"', b"'", b"{", b"}", b"[", b"]", b"\\", b",", b":", b"\xef\xbb\xbf", b"\xff\xfe", b"\x81",
+         b"\xfe", b"\xe4\xb8", b"\xed\xa0\x80", b"\xc0\x80", b"\x81\x30", b"\\ud800", b"\\u12", b"\x1f\x8b", b"null", b"NaN",
+         b"1" * 5000, b"[" * 3000, b'{"a":' * 900, b"<|end|>"]
+
+
+def text(rng, spoilt=0.3):
+    """Chinese sentences, among them what somebody might write to do harm."""
+    parts = [story(rng, rng.randrange(1, 5)) for _ in range(rng.randrange(1, 4))]
+    while rng.random() < spoilt:
+        alien = "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(1, 9)))
+        parts.insert(rng.randrange(len(parts) + 1), rng.choice([*HOSTILE, alien]) * rng.choice([1, 1, 1, 2, 5]))
+    return "".join(parts)
+
+
+def turns(rng, who, what, names):
+    return [{who: names[i % 2], what: text(rng)} for i in range(rng.randrange(1, 6))]
+
+
+def record(rng):
+    """A record as one of the public data sets has it."""
+    flat = rng.choice(["text", "title text author", "completion", "title content", "story story_zh", "title desc content",
+                       "title desc answer", "INSTRUCTION RESPONSE", "instruction input output", "prompt response",
+                       "question answer", "department title ask answer", "nested"]).split()
+    if flat != ["nested"]:
+        return {name: text(rng) for name in flat}
+    return rng.choice([
+        lambda: {"conversations": turns(rng, "from", "value", ["human", "gpt"])},
+        lambda: {"messages": turns(rng, "role", "content", ["user", "assistant"]), "system": text(rng)},
+        lambda: {"title": text(rng), "summary": text(rng), "sections": turns(rng, "title", "content", ["一", "二"])},
+        lambda: {"文件名": "a", "段落": turns(rng, "行号", "内容", [1, 2])}])()
+
+
+def spoil(rng, record):
+    """The record with a field that is missing, or holds something else than text; or something else than a record."""
+    record = json.loads(json.dumps(record))
+    name = rng.choice(list(record))
+    if rng.random() < 0.2:
+        return rng.choice(STRANGE)
+    if rng.random() < 0.3:
+        del record[name]
+    elif isinstance(record[name], list) and rng.random() < 0.7:
+        inside = rng.choice(record[name])
+        inside[rng.choice(list(inside))] = rng.choice(STRANGE)
+    else:
+        record[name] = rng.choice(STRANGE)
+    return record
+
+
+def sound(record):
+    """The record without halves of surrogate pairs, which have no UTF-8."""
+    return json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def as_csv(records, delimiter=","):
+    columns = list(dict.fromkeys(name for r in records if isinstance(r, dict) for name in r)) or ["text"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, delimiter=delimiter, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(r for r in records if isinstance(r, dict))
+    return out.getvalue()
+
+
+def as_parquet(records):
+    import pyarrow
+    import pyarrow.parquet
+    out = io.BytesIO()
+    rows = [{"text": str(r).encode("utf-8", "replace").decode()} for r in records]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, compression="none")
+    return out.getvalue()
+
+
+def dump(value, **how):
+    return json.dumps(value, **how)
+
+
+def lines(records, **how):
+    return "\n".join(dump(r, **how) for r in records)
+
+
+FORMATS = {                                                            # name: (records -> str or bytes, suffix)
+    "jsonl": (lines, ".jsonl"), "jsonl utf-8": (lambda rs: lines(rs, ensure_ascii=False), ".jsonl"),
+    "array": (dump, ".json"), "array utf-8": (lambda rs: dump(rs, ensure_ascii=False), ".json"),
+    "pretty array": (lambda rs: dump(rs, ensure_ascii=False, indent=2), ".json"),
+    "pretty objects": (lambda rs: lines(rs, indent=4), ".json"),
+    "array by lines": (lambda rs: "[\n" + ",\n".join(map(dump, rs)) + "\n]", ".json"),
+    "csv": (as_csv, ".csv"), "tsv": (lambda rs: as_csv(rs, "\t"), ".tsv"), "csv gbk": (as_csv, ".csv"),
+    "csv gb18030": (as_csv, ".csv"), "txt": (lambda rs: "\n\n".join(map(str, rs)), ".txt"),
+    "txt gb18030": (lambda rs: "\n".join(map(str, rs)), ".txt")}
+if find_spec("pyarrow"):
+    FORMATS["parquet"] = as_parquet, ".parquet"
+
+
+def as_bytes(form, records):
+    content = FORMATS[form][0](records)
+    encoding = form.split()[-1] if form.endswith(("gbk", "gb18030")) else "utf-8"
+    handler = "surrogatepass" if encoding == "utf-8" else "replace"
+    return content if isinstance(content, bytes) else content.encode(encoding, handler)
+
+
+def mutate(rng, data, signs=SIGNS):
+    """The bytes, damaged in one place as disks, downloads, editors and people damage files."""
+    data, at, n = bytearray(data), rng.randrange(len(data) + 1), int(2 ** rng.uniform(0, 8))
+    other = rng.randrange(len(data) + 1)
+    kind = rng.randrange(7)
+    if kind == 0:
+        del data[at:]
+    elif kind == 1:
+        for _ in range(rng.randrange(1, 9)):
+            if data:
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        del data[at:at + n]
+    elif kind == 3:
+        data[other:other] = data[at:at + n]
+    elif kind == 4:
+        data[at:at + n], data[other:other + n] = data[other:other + n], data[at:at + n]
+    else:
+        data[at:at + (n if kind == 5 else 0)] = rng.choice([*signs, rng.randbytes(n)])
+    return bytes(data)
+
+
+def compress(rng, data):
+    """(the bytes, perhaps compressed, the suffix for that)."""
+    if rng.random() < 0.75:
+        return data, ""
+    if find_spec("zstandard") and rng.random() < 0.5:
+        import zstandard
+        return zstandard.compress(data), ".zst"
+    return gzip.compress(data[:99]) + gzip.compress(data[99:]), ".gz"
+
+
+def write(folder, name, data):
+    path = folder / name
+    path.write_bytes(data)
+    return str(path)
+
+
+# ---- what must hold -------------------------------------------------------------------------------------------------
+
+def check_text(t):
+    """A clean text: nothing in it that cannot be seen or written, and nothing left to clean."""
+    t.encode("utf-8")
+    assert not [c for c in t if unicodedata.category(c) in ("Cc", "Cs", "Co") and c not in "\n\t" and ord(c) < 0xF900], repr(t)
+    assert corpora.normalise(t) == t, repr(t)
+
+
+def check_codes(toks, t):
+    """Text -> ids -> text, and no id of a control token, whatever the text says."""
+    for tok in toks:
+        ids = tok.encode(t)
+        assert tok.decode(ids) == tokenizer.whole_characters(t), repr(t)
+        assert not set(ids) & {tok.bos_id, tok.eos_id, tok.pad_id, tok.end_id, *(tok.roles or {}).values()}, repr(t)
+        assert tok.roles is None or min(ids, default=8) >= 8, repr(t)
+
+
+def check_dialogue(toks, messages):
+    """The loss counts on the answers with the token that ends them, and on nothing else."""
+    for tok in toks:
+        ids, mask = tok.render(messages)
+        answers = [tok.encode(m["content"]) for m in messages if m["role"] == "assistant"]
+        end = tok.eos_id if tok.end_id is None else tok.end_id
+        assert [i for i, counts in zip(ids, mask) if counts] == [i for answer in answers for i in (*answer, end)]
+        assert len(ids) == len(mask) and set(mask) <= {0, 1}
+        starts = [at for at, counts in enumerate(mask) if counts and not mask[at - 1]]
+        assert len(starts) == len(answers) and not mask[0]
+        for at, answer in zip(starts, answers):                        # whole, behind its own question
+            assert ids[at:at + len(answer) + 1] == [*answer, end] and sum(mask[at:at + len(answer) + 2]) == len(answer) + 1
+        if tok.roles:                                                  # and no string of a turn opens or ends one
+            assert sum(i < 8 for i in ids) == 1 + 2 * len(messages)
+
+
+def used_or_counted(table, name, record, toks):
+    """What becomes of a record: "used", or the reason."""
+    try:
+        result = (corpora.document if table is TEXT else corpora.messages)(name, record)
+    except Bad as bad:
+        assert str(bad) and "\n" not in str(bad)
+        return str(bad)
+    if table is TEXT:
+        check_text(result)
+        assert corpora.quality(result) is None
+    else:
+        assert [m["role"] for m in result if m["role"] != "system"] == ["user", "assistant"] * (len(result) // 2)
+        assert all(m["content"].strip() for m in result)
+        for message in result:
+            check_text(message["content"])
+        check_dialogue(toks, result)
+    return "used"
+
+
+# ---- the cases ------------------------------------------------------------------------------------------------------
+
+def any_file(rng, folder, toks):
+    """A damaged file of any format, through every data set of both tables."""
+    form, block, longest = rng.choice(list(FORMATS)), corpora.BLOCK, corpora.MAX_RECORD
+    records = [record(rng) for _ in range(rng.randrange(1, 9))]
+    records = [spoil(rng, r) if rng.random() < 0.3 else r for r in records]
+    data, packed = compress(rng, as_bytes(form, records))
+    for _ in range(rng.randrange(5)):
+        data = mutate(rng, data)
+    suffix = FORMATS[form][1] if rng.random() < 0.7 else rng.choice([*corpora.SUFFIXES, ""])
+    path = write(folder, f"any{suffix}{packed if rng.random() < 0.8 else ''}", data)
+    corpora.BLOCK = rng.choice([1 << 20, 1 << 20, 50, 16])
+    corpora.MAX_RECORD = rng.choice([1 << 28, 1 << 28, 300])
+    outcomes = Counter()
+    try:
+        for table in TEXT, CHAT:
+            for cut in sorted({data_set.cut for data_set in table.values()}):
+                for found in corpora.records(path, cut):
+                    outcomes.update(used_or_counted(table, name, found, toks) for name in table if table[name].cut == cut)
+    except SystemExit as stopped:                                      # a package that is not installed
+        assert isinstance(stopped.code, str) and stopped.code.startswith(path) and "\n" not in stopped.code
+    finally:
+        corpora.BLOCK, corpora.MAX_RECORD = block, longest
+    return outcomes
+
+
+def whole_file(rng, folder, toks):
+    """An undamaged file of any format gives exactly its records."""
+    form = rng.choice([name for name in FORMATS if name != "parquet"])
+    records = [sound(record(rng)) for _ in range(rng.randrange(1, 9))]
+    clean = lambda value: corpora.clean(value) or "空"                  # nothing that GBK or CSV cannot hold
+    if FORMATS[form][1] in (".csv", ".tsv"):
+        records = [{"ask": clean(text(rng)), "answer": clean(text(rng, 0))} for _ in records]
+    if FORMATS[form][1] == ".txt":
+        records = [" ".join(clean(text(rng)).split()).replace("\ufffd", "") for _ in records]
+    if form.endswith("gbk"):
+        records = [{k: v.encode("gbk", "ignore").decode("gbk") or "空" for k, v in r.items()} for r in records]
+    before = [b"", b"", b"\n", b"\r\n"]
+    before += [b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"] * (not form.endswith(("gbk", "gb18030")))
+    data, packed = compress(rng, rng.choice(before) + as_bytes(form, records))
+    found = list(corpora.records(write(folder, f"whole{FORMATS[form][1]}{packed}", data)))
+    assert found == records, (form, [(a, b) for a, b in zip(found, records) if a != b][:1] or (len(found), len(records)))
+    return Counter(used=len(found))
+
+
+def one_bad_record(rng, folder, toks):
+    """The readable records of a file with one broken one are all there, in order."""
+    records = [{"id": f"{rng.randrange(1 << 64):x}", **sound(record(rng))} for _ in range(rng.randrange(2, 9))]
+    indent = rng.choice([None, None, 0, 2])
+    parts = [dump(r, ensure_ascii=rng.random() < 0.5, indent=indent).encode() for r in records]
+    at, at_line_starts = rng.randrange(len(records)), rng.random() < 0.8 or indent is not None
+    del records[at]
+    signs = [sign for sign in SIGNS if b"\n" not in sign]
+    if rng.random() < 0.5:
+        broken = parts[at][:rng.randrange(1, len(parts[at]))]          # cut off
+    elif rng.random() < 0.3:
+        broken = rng.choice(signs)
+    else:
+        broken = mutate(rng, parts[at], signs)
+    if not at_line_starts or indent is None:
+        broken = broken.replace(b"\n", b" ")
+    if at_line_starts:
+        form = rng.choice(["lines", "array"])
+    else:                                                              # all in one line: a lost brace would hide the next
+        form, broken = "array", rng.choice([b'{"text": nothing}', b'{"text" "a"}', b'{"text": 1 2}', b"{,}", b'{"a": "\\x"}'])
+    parts[at] = broken
+    end = rng.choice([b"\n", b"\r\n"]) if at_line_starts else b""
+    data = end.join(parts) if form == "lines" else b"[" + end + (b"," + end).join(parts) + end + b"]"
+    data, packed = compress(rng, data)
+    path, block = write(folder, f"one{rng.choice(['.json', '.jsonl'])}{packed}", data), corpora.BLOCK
+    corpora.BLOCK = rng.choice([1 << 20, 50, 16])
+    try:
+        found = list(corpora.records(path))
+    finally:
+        corpora.BLOCK = block
+    ids = {r["id"] for r in records}
+    got = [r for r in found if isinstance(r, dict) and r.get("id") in ids]
+    assert got == records, f"{len(got)} of {len(records)} with {broken[-100:]} at {at} of {data[:300]}"
+    return Counter(used=len(records)) + Counter(str(r) for r in found if isinstance(r, Bad))
+
+
+def any_text(rng, folder, toks):
+    """A text through cleaning, quality and the tokenizers."""
+    t = text(rng, 0.9)
+    check_text(corpora.normalise(t))
+    cleaned = corpora.clean(t)
+    check_text(cleaned)
+    if not set("<&") & set(cleaned):                                    # else a page shows &lt;b&gt;, which is <b>, as text
+        assert corpora.clean(cleaned) == cleaned, (t, cleaned, corpora.clean(cleaned))
+    check_codes(toks, t)
+    return Counter([corpora.quality(cleaned) or "used"])
+
+
+def any_dialogue(rng, folder, toks):
+    """Turns of any sort and order, as a data set would hold them, and as chat encoding gets them."""
+    turns = [(rng.choice([*corpora.ROLES, "USER", "tool", None, 1, []] if rng.random() < 0.2 else ["user", "assistant"]),
+              text(rng, 0.8)) for _ in range(rng.randrange(1, 7))]
+    if rng.random() < 0.7:
+        turns = [(("human", "gpt")[i % 2], content) for i, (_, content) in enumerate(turns)]
+    if rng.random() < 0.3:
+        turns.insert(0, ("system", text(rng)))
+    result = used_or_counted(CHAT, "sharegpt", {"conversations": [{"from": a, "value": b} for a, b in turns]}, toks)
+    raw = [{"role": role, "content": content} for role, (_, content) in zip(["user", "assistant"] * 3, turns)]
+    check_dialogue(toks, raw)                                          # also what nobody has cleaned
+    return Counter([result])
+
+
+class Pool:
+    """ProcessPoolExecutor without processes: what goes to a worker is pickled all the same."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, item):
+        result = function(pickle.loads(pickle.dumps(item)))
+        return SimpleNamespace(result=lambda: result)
+
+    def shutdown(self, **_):
+        pass
+
+
+def corpus(rng, folder):
+    """A spoilt JSONL corpus on the disk: (its path, the records that a reader yields)."""
+    records = [record(rng) for _ in range(rng.randrange(5, 40))]
+    records = [spoil(rng, r) if rng.random() < 0.2 else r for r in records + rng.sample(records, 3)]
+    parts = [mutate(rng, dump(r).encode()) if rng.random() < 0.1 else dump(r).encode() for r in records]
+    if rng.random() < 0.3:
+        depth = rng.choice([50, 300, 900, 3000])
+        parts.insert(rng.randrange(len(parts)), b'{"text": ' + b"[" * depth + b"]" * depth + b"}")
+    path = write(folder, "corpus.jsonl", b"\n".join(parts))
+    return path, sum(1 for _ in corpora.records(path))
+
+
+def prepared_to_pretrain(rng, folder, toks):
+    """prepare_pretrain.py: its report accounts for every record, its bins hold what the report says."""
+    path, n = corpus(rng, folder)
+    good = [{"text": f"第{i}个：{story(random.Random(i), 4)}"} for i in range(12)]       # enough for either bin
+    names = rng.sample([name for name in TEXT if TEXT[name].cut == "line"], 2)
+    spec = ",".join([f"{name}:{path}" for name in names] + ["text:" + write(folder, "good.jsonl", lines(good).encode())])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        for name, value in dict(corpora=spec, tokenizer=toks[0].name, data_dir=str(folder / "bins"), val_fraction=0.3,
+                                dedup=rng.random() < 0.7, workers=1, ProcessPoolExecutor=Pool, BATCH_CHARS=999,
+                                worker_tokenizer=toks[0]).items():
+            patch.setattr(prepare_pretrain, name, value, raising=False)
+        settings = dict(shingle=5, n_permutations=256, seed=1) if prepare_pretrain.dedup else None
+        patch.setattr(prepare_pretrain, "worker_settings", settings, raising=False)
+        prepare_pretrain.main()
+    meta, reasons = json.loads((folder / "bins/meta.json").read_text("utf-8")), Counter()
+    for name, count in zip(meta["corpora"], (n, n, 12)):
+        row = meta["corpora"][name]
+        assert row["records"] == count == row["documents"] + sum(row["dropped"].values())
+        reasons += Counter(used=row["documents"], **row["dropped"])
+    for part in "train", "val":
+        ids = np.fromfile(folder / f"bins/{part}.bin", "<u2")
+        assert len(ids) == meta[part]["tokens"] and (ids == 2).sum() == meta[part]["documents"]
+        assert not ((ids < 8) & (ids != 2)).any()                      # no text became a control token
+    return reasons
+
+
+def prepared_to_fine_tune(rng, folder, toks):
+    """prepare_sft.py: its report accounts for every record."""
+    path, n = corpus(rng, folder)
+    names = rng.sample(sorted(CHAT), 2)
+    files = defaultdict(io.BytesIO)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        for name, value in dict(corpora=",".join(f"{name}:{path}" for name in names), tokenizer=toks[0].name, augment=0.5,
+                                max_seq_len=rng.choice([60, 512]), val_fraction=0.2, test_fraction=0.2).items():
+            patch.setattr(prepare_sft, name, value)
+        batches = prepare_sft.batches
+        patch.setattr(prepare_sft, "batches", lambda: map(pickle.loads, map(pickle.dumps, batches())))
+        splits, by_corpus = prepare_sft.write(files, prepare_sft.results(1))
+    reasons = Counter()
+    for row in by_corpus.values():
+        assert row["records"] == n == row["examples"] + sum(row["dropped"].values())
+        reasons += Counter(used=row["examples"], **row["dropped"])
+    assert len(by_corpus) == 2 and len(files["test", "jsonl"].getvalue().decode("utf-8").splitlines()) >= splits["test"]["examples"]
+    for part in "train", "val":
+        ids = np.frombuffer(files[part, "bin"].getvalue(), "<u2")
+        assert len(ids) == splits[part]["tokens"] == len(files[part, "mask"].getvalue())
+        assert (ids == 1).sum() == splits[part]["examples"] and not (ids == 0).any() and not (ids == 3).any()
+    return reasons
+
+
+KINDS = [any_file] * 5 + [one_bad_record] * 4 + [any_text] * 4 + [whole_file] * 2 + [any_dialogue] * 3 + [
+    prepared_to_pretrain, prepared_to_fine_tune]
+
+
+def own_tokenizers(folder):
+    """One of sentencepiece with our control tokens, one of tiktoken ranks without."""
+    pieces = [bytes([b]) for b in range(256)] + ["小".encode(), b" a", b"<|", b"|>", b"end"]
+    (folder / "tiny.tiktoken").write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(p), i) for i, p in enumerate(pieces)))
+    return [train_tokenizer(folder / "tok.model", 400), tokenizer.load(str(folder / "tiny.tiktoken"))]
+
+
+def fuzz(folder, cases, seed, first=0):
+    """Run the cases; [(case, error)] of those that went wrong. Prints what became of the records, by kind of case."""
+    toks, wrong, slowest, table = own_tokenizers(folder), [], 0, defaultdict(Counter)
+    (folder / "bins").mkdir()
+    began = time.monotonic()
+    for number in range(first, first + cases):
+        rng = random.Random(f"{seed} {number}")
+        kind, start = rng.choice(KINDS), time.monotonic()
+        table[kind.__name__]["cases"] += 1
+        try:
+            table[kind.__name__] += kind(rng, folder, toks)
+        except (Exception, SystemExit) as error:
+            wrong.append((number, kind.__name__, f"{type(error).__name__}: {error}"[:600]))
+        slowest = max(slowest, time.monotonic() - start)
+    print(f"seed {seed}, {cases} cases in {time.monotonic() - began:.0f} s, the slowest {slowest:.1f} s, {len(wrong)} went wrong")
+    for kind, counts in sorted(table.items()):
+        n, used = counts.pop("cases"), counts.pop("used", 0)
+        print(f"  {kind:<22} {n:>6,} cases: {used:>8,} records used; dropped: "
+              + ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common()))
+    return wrong
+
+
+def test_nothing_that_a_file_holds_is_lost_or_ends_a_run(tmp_path):
+    assert fuzz(tmp_path, cases, seed, first) == []
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = fuzz(Path(folder), cases, seed, first)
+    for number, kind, error in wrong:
+        print(f"case {number}, {kind}: {error}")
+    raise SystemExit(bool(wrong))
