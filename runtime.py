@@ -268,9 +268,9 @@ def open_bin(path, dtype, length, made_by, below=None):
     SystemExit if it has not the length that meta.json says, or holds a number that is not below `below`.
     """
     expected = length * np.dtype(dtype).itemsize
-    there = os.path.getsize(path) if os.path.exists(path) else 0
+    there = os.path.getsize(path) if os.path.exists(path) else "missing"
     if there != expected:
-        raise SystemExit(f"{path}: {there:,} bytes where meta.json says {expected:,}; run python {made_by} again")
+        raise SystemExit(f"{path}: {there}, where meta.json says {expected} bytes; run python {made_by} again")
     data = np.memmap(path, dtype=dtype, mode="r") if length else np.zeros(0, dtype)
     for at in range(0, length if below else 0, 1 << 24):
         if (largest := data[at:at + (1 << 24)].max()) >= below:

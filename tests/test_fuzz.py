@@ -275,7 +275,7 @@ def whole_file(rng, folder, toks):
     if FORMATS[form][1] in (".csv", ".tsv"):
         records = [{"ask": clean(text(rng)), "answer": clean(text(rng, 0))} for _ in records]
     if FORMATS[form][1] == ".txt":
-        records = [" ".join(clean(text(rng)).split()).replace("\ufffd", "") for _ in records]
+        records = [" ".join(clean(text(rng)).replace("\ufffd", "").split()) or "空" for _ in records]
     if form.endswith("gbk"):
         records = [{k: v.encode("gbk", "ignore").decode("gbk") or "空" for k, v in r.items()} for r in records]
     before = [b"", b"", b"\n", b"\r\n"]

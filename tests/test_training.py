@@ -546,13 +546,16 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(broken, other_tok, tmp_pat
 
 
 @BOTH
-def test_resuming_the_run_of_another_tokenizer_or_shape_is_refused(train, tmp_path, stage, other_tok, settings):
+def test_resuming_the_run_of_another_tokenizer_shape_or_data_is_refused(train, tmp_path, stage, settings):
     train(stage, "a", max_steps=1)
     saved = torch.load(tmp_path / "a" / "last.pt")
-    torch.save({**saved, "tokenizer_sha256": "0" * 64}, tmp_path / "a" / "last.pt")
-    assert "tokenizer" in refused(train, stage, "a", resume=True)
-    torch.save({**saved, "shape": {**saved["shape"], "n_layers": 7}}, tmp_path / "a" / "last.pt")
-    assert "n_layers" in refused(train, stage, "a", resume=True)
+    for name, other in ("tokenizer", "0" * 64), ("n_layers", 7), ("rows", 1):
+        torch.save({**saved, "identity": {**saved["identity"], name: other}}, tmp_path / "a" / "last.pt")
+        assert name in refused(train, stage, "a", resume=True)
+    torch.save(saved, tmp_path / "a" / "last.pt")
+    assert "seed" in refused(train, stage, "a", resume=True, seed=8)
+    more = 2 * settings[stage]["batch_tokens"]
+    assert "batch_tokens" in refused(train, stage, "a", resume=True, batch_tokens=more)
 
 
 def test_resuming_the_run_of_another_stage_is_refused(train, settings, tmp_path):
