@@ -13,6 +13,7 @@ import codecs
 import csv
 import difflib
 import glob
+import hashlib
 import html
 import itertools
 import json
@@ -554,6 +555,11 @@ def normalise(text):
 def clean(text):
     """The text of a document, cleaned of that and of what web pages bring along."""
     return apply(WEB, text)
+
+
+def hash64(text):
+    """64 bits of a text, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 # ---- quality --------------------------------------------------------------------------------------------------------

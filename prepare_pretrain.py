@@ -37,7 +37,7 @@ jaccard        = 0.8                              # similarity of shingle sets f
 shingle        = 5                                # characters per shingle
 n_permutations = 256                              # minima in a signature, a byte each; more of them estimate better
 n_bands        = 32                               # documents that agree on a whole band are compared; divides the above
-seed           = 1337                             # of the shuffle and of the hash functions
+seed           = 1337                             # of the shuffle and the hash functions, from 0 up
 workers        = 0                                # processes that clean and encode; 0 = one per core
 constants = config.override(globals())
 
@@ -170,7 +170,7 @@ def collect(found, tokenizer, settings, n_workers, ids_file, signature_file):
     context = multiprocessing.get_context("spawn")                 # the same everywhere, and safe beside threads
     pool = ProcessPoolExecutor(n_workers, context, start_worker, (tokenizer, settings))
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="clean and encode") as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="clean and encode", disable=None) as bar:
             for result in in_order(pool, encode_batch, batches(found, bar.update), 2 * n_workers + 1):
                 ids, new, minima, reasons = result
                 ids_file.write(ids)
@@ -207,7 +207,8 @@ def near_duplicates(path, gone, n_permutations, n_bands, jaccard):
     n, near = len(gone), np.zeros(len(gone), bool)
     rows, at_once = n_permutations // n_bands, 4                   # bands whose keys are in memory together
     factors = np.random.default_rng(0).integers(1 << 63, size=rows, dtype=np.uint64) | np.uint64(1)
-    for band in tqdm(range(0, n_bands, at_once), desc="near duplicates", unit_scale=at_once, unit=" bands"):
+    for band in tqdm(range(0, n_bands, at_once), desc="near duplicates", unit=" bands", unit_scale=at_once,
+                     disable=None):
         keys = band_keys(path, n, n_permutations, range(band, min(band + at_once, n_bands)), factors)
         for key in keys:
             ids = np.flatnonzero(~(gone | near)).astype(np.uint32)

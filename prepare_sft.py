@@ -15,7 +15,6 @@ is too long loses whole early turns, or is dropped. Every record is used or coun
 
 The same input and constants give the same bytes, whatever the number of workers.
 """
-import hashlib
 import itertools
 import json
 import os
@@ -47,7 +46,7 @@ augment        = 0.0                              # share of the training dialog
 augment_delete = 0.05                             # probability that a character of such a question is left out
 augment_repeat = 0.05                             # probability that it stands there twice
 workers        = 0                                # processes; 0: one per core
-seed           = 1337                             # of the augmentation
+seed           = 1337                             # of the augmentation, from 0 up
 show           = 0                                # print so many training examples with what is learnt marked
 constants = config.override(globals())
 
@@ -82,9 +81,9 @@ def example(messages):
     question never stands on both sides.
     """
     check_lengths(messages)
-    key = hash64(json.dumps(messages))
+    key = corpus_reader.hash64(json.dumps(messages))
     kept, ids, mask = fit(messages)
-    question = hash64(next(m["content"] for m in kept if m["role"] == "user")) / 2**64
+    question = corpus_reader.hash64(next(m["content"] for m in kept if m["role"] == "user")) / 2**64
     split = "test" if question < test_fraction else "val" if question < test_fraction + val_fraction else "train"
     rng, augmented = random.Random(f"{seed} {key}"), False
     if split == "train" and rng.random() < augment:
@@ -135,18 +134,13 @@ def garbled(text, rng):
                    for character, draw in zip(text, draws)) or text
 
 
-def hash64(text):
-    """64 bits of a text, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
 # ---- all records, in order --------------------------------------------------------------------------------------
 
 def batches():
     """Yield lists of (corpus, name, record), and show how far the reading is."""
     sources = corpus_reader.sources(corpora, corpus_reader.CHAT)
     size = sum(os.path.getsize(path) for _, _, files in sources for path in files)
-    with tqdm(total=size, desc="preparing", unit="B", unit_scale=True) as bar:
+    with tqdm(total=size, desc="preparing", unit="B", unit_scale=True, disable=None) as bar:
         records = ((corpus, name, record) for corpus, name, files in sources for path in files
                    for record in corpus_reader.records(path, corpus_reader.CHAT[name].cut, bar.update))
         while batch := list(itertools.islice(records, BATCH)):

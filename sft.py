@@ -37,7 +37,7 @@ lr_min         = 0.1                     # where the cosine ends, as a fraction 
 warmup_steps   = 20                      # linear warm-up; 0: none
 weight_decay   = 0.1                     # on matrices only
 grad_clip      = 1.0                     # largest norm of the gradient
-seed           = 1337                    # of the order of the data
+seed           = 1337                    # of the order of the data, from 0 up
 # machine
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32

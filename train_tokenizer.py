@@ -8,7 +8,6 @@ A sentencepiece BPE that loses nothing: no normalisation, digits one by one, and
 rare for a piece of their own. The report is printed and saved as <out>.report.json. The same corpora and
 constants give the same bytes, in whatever order the documents come.
 """
-import hashlib
 import heapq
 import io
 import json
@@ -57,18 +56,13 @@ class Smallest:
             self.bytes -= len(self.texts.pop(self.limit).encode("utf-8", "replace"))
 
 
-def hash64(text):
-    """64 bits of a text, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
 def sample(spec):
     """Read the corpora once: (texts to train on, {corpus: texts to test on}), no document in both."""
     table = corpus_reader.CHAT | corpus_reader.TEXT
     sources = corpus_reader.sources(spec, table)
     size = sum(os.path.getsize(path) for _, _, files in sources for path in files)
     train, test = Smallest(sample_bytes), {}
-    with tqdm(total=size, desc="reading", unit="B", unit_scale=True) as bar:
+    with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
         for corpus, name, files in sources:
             test[corpus] = Smallest(test_bytes)
             for record in (r for path in files for r in corpus_reader.records(path, table[name].cut, bar.update)):
@@ -78,9 +72,9 @@ def sample(spec):
                     continue                                       # the prepare scripts count them
                 if isinstance(text, list):                         # a dialogue
                     text = "\n".join(message["content"] for message in text)
-                held_out = hash64(text) < test_fraction * 2**64
+                held_out = corpus_reader.hash64(text) < test_fraction * 2**64
                 for chunk in chunks(text):
-                    (test[corpus] if held_out else train).offer(hash64(chunk), chunk)
+                    (test[corpus] if held_out else train).offer(corpus_reader.hash64(chunk), chunk)
     return cleaned(train), {corpus: cleaned(texts) for corpus, texts in test.items()}
 
 
