@@ -25,6 +25,7 @@ from typing import Callable, NamedTuple
 
 BLOCK = 1 << 20            # bytes that are read at a time
 MAX_RECORD = 1 << 28       # bytes of the longest record that is tried; a longer one is broken, not long
+MAX_DEPTH = 100            # of lists and objects in one another; pickle and every other recursion ends at some depth
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")     # what is read of a folder, also with .gz, .zst
 
 
@@ -48,12 +49,18 @@ def records(path, cut="line", progress=None):
     problems, seen = [], 0                                         # what a reader notices beside its records
     with raw:
         for record in itertools.chain(reader(raw, cut, problems), problems):
-            yield record
+            yield Bad("nested too deeply") if is_deeper(record, MAX_DEPTH) else record
             if progress and raw.tell() > seen:
                 progress(raw.tell() - seen)
                 seen = raw.tell()
         if progress:
             progress(os.path.getsize(path) - seen)
+
+
+def is_deeper(value, depth):
+    """Whether lists and objects stand in one another more than `depth` times."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return parts is not None and (depth == 0 or any(is_deeper(part, depth - 1) for part in parts))
 
 
 def reader(raw, cut, problems):
@@ -121,8 +128,7 @@ def json_records(first, data, problems):
     """Yield the values of JSONL, of a JSON array, or of JSON objects one behind another, pretty-printed or not."""
     line, decode = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).decode
     try:
-        json.loads(line)
-        per_line = line[:1] != b"["
+        per_line = isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         per_line = False
     if not per_line:
@@ -151,9 +157,10 @@ def json_stream(data):
             n -= len(got[-1])
         return "".join(got)
 
-    text, pos, in_array, ended = "", 0, False, False
+    text, pos, indent, in_array, ended = "", 0, "", False, False
     while True:
-        pos = separators.match(text, pos).end()
+        if gap := separators.match(text, pos)[0]:
+            pos, indent = pos + len(gap), gap.rpartition("\n")[2]
         if text[pos:pos + 1] == ("]" if in_array else "["):
             pos, in_array = pos + 1, not in_array
             continue
@@ -173,8 +180,11 @@ def json_stream(data):
             return
         yield value
         if isinstance(value, Bad):
-            start = max(text.rfind("\n", pos, end + 1), pos + 1)   # the line of the break may begin the next object
-            start = start if text[start:start + 1] == "\n" else max(end, pos + 1)
+            # An open bracket takes what follows for its own: go back to the first line that begins as this value does,
+            start = text.find(f"\n{indent}{{", pos + 1, end + 1)
+            if start < 0:                                          # or to that of the break, or go on behind it
+                start = max(text.rfind("\n", pos, end + 1), pos + 1)
+                start = start if text[start:start + 1] == "\n" else max(end, pos + 1)
             while not (found := next_object.search(text, start)) and not ended:
                 more = read(BLOCK)
                 text, start, ended = text[-1:] + more, 0, not more
@@ -207,7 +217,7 @@ def csv_records(raw, delimiter, problems):
         except csv.Error:
             yield Bad("broken CSV")
             continue
-        if columns is None:
+        if not columns:
             columns = [column.strip() for column in row]
         elif row:
             yield dict(zip(columns, row)) if len(row) >= len(columns) else Bad("broken CSV")
@@ -491,6 +501,7 @@ NORMAL = (
         (range(0xE000, 0xF900), ""),                               # private use: glyphs of some font of some web page
         (range(0xD800, 0xE000), "\ufffd"),                         # half a surrogate pair: cannot be written as UTF-8
         ([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " "),      # blanks of any width
+        *(([code], unicodedata.normalize("NFC", chr(code))) for code in (0x37E, 0x387, 0x1FEF)),    # Greek ; and · and `
         *(([code], chr(code - 0xFEE0)) for first, last in ("０９", "ＡＺ", "ａｚ")     # but ，！？ are Chinese as they are
           for code in range(ord(first), ord(last) + 1)))),
     ("blanks at the end of a line", re.compile("[ \t]\n"), re.compile(r"(?<![ \t])[ \t]+$", re.M), ""),

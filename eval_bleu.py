@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import config
+import corpora
 import runtime
 import tokenizer as tokenizers
 from model import Model, generate
@@ -88,9 +89,9 @@ def read_questions():
     """[(messages before the last answer, that answer)]; SystemExit if the file has none."""
     try:
         with open(questions, encoding="utf-8") as f:
-            dialogues = [json.loads(line)["messages"] for line in f if line.strip()]
+            dialogues = [corpora.messages("messages", json.loads(line)) for line in f if line.strip()]
         pairs = [(d[:-1], d[-1]["content"]) for d in dialogues if len(d) > 1 and d[-1]["role"] == "assistant"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, corpora.Bad) as error:
         raise SystemExit(f"{questions}: cannot be read as JSONL with messages ({error}); "
                          "run python prepare_sft.py, or name another with --questions=") from None
     if not pairs:
@@ -113,6 +114,8 @@ def answer_all(model, tok, prompts):
 
 
 def main():
+    if repetition_penalty <= 0:
+        raise SystemExit(f"repetition_penalty ({repetition_penalty}) must be above 0")
     saved = runtime.load_checkpoint(checkpoint)
     tok = tokenizers.load(tokenizer or saved["tokenizer"])
     if tok.sha256 != saved["tokenizer_sha256"]:
@@ -123,6 +126,9 @@ def main():
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
     prompts = [tok.prompt(messages) for messages, _ in pairs]
     fits = [i for i, ids in enumerate(prompts) if len(ids) < model.config.max_seq_len]
+    if not fits:
+        raise SystemExit(f"{questions}: all {len(pairs)} questions are longer than the {model.config.max_seq_len} tokens "
+                         f"that {checkpoint} reads; name another with --questions=")
     if len(fits) < len(pairs):
         print(f"{len(pairs) - len(fits)} questions are longer than the context and are left out")
     answers = answer_all(model, tok, [prompts[i] for i in fits])

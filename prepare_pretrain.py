@@ -373,7 +373,7 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))       # both clean up on their way out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: both clean up on their way out
     try:
         main()
     except KeyboardInterrupt:

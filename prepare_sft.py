@@ -17,13 +17,16 @@ The same input and constants give the same bytes, whatever the number of workers
 """
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import signal
 import sys
+import threading
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import numpy as np
 from tqdm import tqdm
@@ -59,7 +62,12 @@ SPLITS = {"train": ("bin", "mask", "idx"), "val": ("bin", "mask", "idx"), "test"
 # ---- one record, in a worker ------------------------------------------------------------------------------------
 
 def start_worker():
+    """What a worker does once: leave Ctrl-C to the main process, but end when that is killed; load the tokenizer."""
     global tok
+    if main_process := multiprocessing.parent_process():           # there is none with --workers=1
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)              # where workers are forked, they have that of main
+        threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     tok = tokenizers.load(tokenizer)
 
 
@@ -259,7 +267,8 @@ def main():
         files = {(split, kind): stack.enter_context(config.whole_file(f"{data_dir}/{split}.{kind}", "wb"))
                  for split, kinds in SPLITS.items() for kind in kinds}
         try:
-            splits, by_corpus = write(files, results(workers or os.cpu_count()))
+            with closing(results(workers or os.cpu_count())) as found:
+                splits, by_corpus = write(files, found)
         except BrokenProcessPool:
             raise SystemExit("a worker process died, most likely for want of memory; try --workers=1") from None
         if not splits["train"]["examples"]:
@@ -277,4 +286,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: both clean up on their way out
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; what {data_dir} held before is untouched, run the same command again") from None

@@ -6,11 +6,14 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -79,10 +82,49 @@ def start(device, batch_rows=1, constants=()):
                          "needs one at least")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if world_size > 1:
+        threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
+        wait_for_others(rank, world_size)
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     process = Process(rank, local_rank, world_size, device)
     check_equal(constants, process)
     return process
+
+
+def end_without_parent(parent):
+    """End with a torchrun that was killed: nobody sees this process any more, and a resumed run would write beside it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def wait_for_others(rank, world_size):
+    """Wait until all processes are about to begin; SystemExit if one of them, perhaps on another machine, cannot."""
+    try:
+        store = next(dist.rendezvous("env://"))[0]                  # where torchrun lets processes leave notes
+        store.set(f"process {rank}", "")
+        sentences = [store.get(f"process {other}").decode() for other in range(world_size)]
+    except dist.DistError as error:
+        raise SystemExit(f"process {rank}: the others did not come ({error}); see what they say") from None
+    for other, sentence in enumerate(sentences):
+        if sentence:
+            raise SystemExit(f"process {other} cannot begin: {sentence}")
+
+
+@contextmanager
+def ending_together():
+    """Tell the processes that wait for this one if it ends before it joins them: they would wait for half an hour."""
+    try:
+        yield
+    except SystemExit as stopped:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1 and stopped.code and not dist.is_initialized():
+            try:
+                store = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))[0]
+                store.set(f"process {rank}", str(stopped.code))
+                store.wait([f"process {other}" for other in range(world_size)], timedelta(minutes=1))
+            except dist.DistError:                                  # they have ended, too
+                pass
+        raise
 
 
 def finish():
@@ -334,7 +376,7 @@ def memory_advice(micro_batch):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         advice = f"--micro_batch={micro_batch // 2}: half the activations, the same batch and the same result" \
             if micro_batch > 1 else "a smaller model: --dim, --n_layers or --max_seq_len halved"

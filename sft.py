@@ -36,7 +36,7 @@ muon_lr        = 1e-3                    # peak learning rate of Muon (all other
 lr_min         = 0.1                     # where the cosine ends, as a fraction of the peak
 warmup_steps   = 20                      # linear warm-up; 0: none
 weight_decay   = 0.1                     # on matrices only
-grad_clip      = 1.0                     # largest norm of the gradient
+grad_clip      = 1.0                     # largest norm of the gradient; 0: any
 seed           = 1337                    # of the order of the data, from 0 up
 # machine
 device         = "auto"                  # auto | cuda | mps | cpu
@@ -204,7 +204,7 @@ def main():
             nats += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         nats, asked = runtime.total([nats, bool(stop)], process)
         train_loss = nats / n_targets
         if math.isfinite(grad_norm + train_loss):
@@ -249,5 +249,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with runtime.memory_advice(micro_batch):
+    with runtime.ending_together(), runtime.memory_advice(micro_batch):
         main()

@@ -1,8 +1,9 @@
 """Kill real runs at random moments, resume them, and compare with a run that nothing happened to: bit by bit.
 
-    pytest tests/test_interrupt.py                          25 kills
+    pytest tests/test_interrupt.py                          25 kills of training, 10 of preparing
     python tests/test_interrupt.py --kills=200 --seed=7     a soak
 """
+import json
 import os
 import random
 import shutil
@@ -13,11 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import config                                                                                # noqa: E402
+import conftest                                                                              # noqa: E402
+import runtime                                                                               # noqa: E402
 from conftest import dialogue, story, train_tokenizer, write_pretrain, write_sft             # noqa: E402
 
 kills = 25     # in all, over the kinds of run below
@@ -32,12 +36,16 @@ PRETRAIN = [str(ROOT / "pretrain.py"), "--tokenizer=tok.model", "--data_dir=bins
 SFT = [str(ROOT / "sft.py"), "--tokenizer=tok.model", "--data_dir=sft", "--checkpoint=start/best.pt", *SMALL]
 RUNS = {"pretrain": [sys.executable, *PRETRAIN, "--dtype=bfloat16"], "sft": [sys.executable, *SFT, "--dtype=float32"],
         "pretrain on two processes": [*TORCHRUN, *PRETRAIN, "--dtype=float32"]}
+READ = ["--tokenizer=tok.model", "--workers=2", "--val_fraction=0.2"]
+PREPARE = {"prepare_pretrain": [sys.executable, str(ROOT / "prepare_pretrain.py"), "--corpora=text:stories.jsonl", *READ],
+           "prepare_sft": [sys.executable, str(ROOT / "prepare_sft.py"), "--corpora=messages:chat.jsonl", *READ]}
+ALONE = [sys.executable, *PRETRAIN, "--dtype=float32"]
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
 
-def run(command, out_dir, cwd, kill_after=None, number=None):
+def run(command, cwd, kill_after=None, number=None):
     """Start a run, with a signal after some seconds if it still goes on then; returns (killed, its output)."""
-    process = subprocess.Popen([*command, f"--out_dir={out_dir}"], cwd=cwd, env=ENV, text=True, encoding="utf-8",
+    process = subprocess.Popen(command, cwd=cwd, env=ENV, text=True, encoding="utf-8",
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=kill_after)
@@ -86,7 +94,7 @@ def soak(cwd, kills, seed):
     references = {}
     for name, command in RUNS.items():
         began = time.monotonic()
-        run(command, "whole", cwd)
+        run([*command, "--out_dir=whole"], cwd)
         references[name] = time.monotonic() - began, final_state(cwd / "whole")
         shutil.rmtree(cwd / "whole")
     while died < kills:
@@ -96,7 +104,7 @@ def soak(cwd, kills, seed):
         while killed:
             moment = rng.uniform(0.2, 1.0) * seconds if died < kills else None
             number = rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT])
-            killed, output = run([*RUNS[name], "--resume"], "killed", cwd, moment, number)
+            killed, output = run([*RUNS[name], "--out_dir=killed", "--resume"], cwd, moment, number)
             died += killed
         assert final_state(cwd / "killed") == expected, f"{name}: the run that was killed ended otherwise"
         assert not list((cwd / "killed").glob("*.tmp")), "something half-written was left behind"
@@ -105,21 +113,181 @@ def soak(cwd, kills, seed):
     print(f"seed {seed}: {died} runs killed, {finished} brought to their end, all bit-identical to undisturbed ones")
 
 
+def contents(folder):
+    """{file: its bytes}."""
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+
+def soak_preparing(cwd, kills, seed):
+    """Kill the making of bins, in a folder with other ones: a file under its name is the old or the new one, and whole."""
+    rng, died = random.Random(seed), 0
+    for name, command in PREPARE.items():
+        run([*command, "--val_fraction=0.4", "--data_dir=killed"], cwd)
+        old, began = contents(cwd / "killed"), time.monotonic()
+        run([*command, "--data_dir=whole"], cwd)
+        seconds, new = time.monotonic() - began, contents(cwd / "whole")
+        assert old.keys() == new.keys() and all(old[file] != new[file] for file in ("train.bin", "meta.json"))
+        for _ in range(kills // len(PREPARE)):
+            number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            before, moment = contents(cwd / "killed"), rng.uniform(0.2, 1.0) * seconds
+            killed, output = run([*command, "--data_dir=killed"], cwd, moment, number)        # also waits for the workers
+            died += killed
+            for file, data in contents(cwd / "killed").items():
+                assert file.endswith(".tmp") or data in (old[file], new[file]), file
+            assert "interrupted" not in output or contents(cwd / "killed").keys() <= before.keys(), output
+        run([*command, "--data_dir=killed"], cwd)
+        assert contents(cwd / "killed") == new
+        shutil.rmtree(cwd / "killed"), shutil.rmtree(cwd / "whole")
+    print(f"seed {seed}: {died} preparations killed, all files old or new and whole, and the same bytes in the end")
+
+
 def prepare(cwd):
     """A tokenizer, bins, and a pretrained model to fine-tune."""
     tok = train_tokenizer(cwd / "tok.model", 400)
     rng = random.Random(seed)
     write_pretrain(cwd / "bins", tok, [story(rng, rng.choice([1, 2, 9])) for _ in range(60)], [story(rng, 3) for _ in range(9)])
     write_sft(cwd / "sft", tok, [dialogue(rng, rng.choice([1, 1, 2])) for _ in range(60)], [dialogue(rng, 1) for _ in range(9)])
-    run([sys.executable, *PRETRAIN, "--max_seq_len=128", "--max_steps=3"], "start", cwd)
+    with open(cwd / "stories.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": f"{i}：{story(rng, 40)}"}) + "\n" for i in range(1500))
+    with open(cwd / "chat.jsonl", "w", encoding="utf-8") as f:
+        turns = ({"role": role, "content": f"{i}：{story(rng, 3)}"} for i in range(3000) for role in ("user", "assistant"))
+        f.writelines(json.dumps({"messages": [one, other]}) + "\n" for one, other in zip(turns, turns))
+    run([sys.executable, *PRETRAIN, "--max_seq_len=128", "--max_steps=3", "--out_dir=start"], cwd)
 
 
-def test_killed_runs_resume_exactly(tmp_path):
-    prepare(tmp_path)
-    soak(tmp_path, kills, seed)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(prepared):
+    """The end of a run that nothing happened to."""
+    run([*ALONE, "--out_dir=undisturbed"], prepared)
+    return final_state(prepared / "undisturbed")
+
+
+def test_killed_runs_resume_exactly(prepared):
+    soak(prepared, kills, seed)
+
+
+def test_killed_preparations_leave_whole_files(prepared):
+    soak_preparing(prepared, 10, seed)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the workers in Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("name", PREPARE)
+def test_workers_end_with_the_main_process_also_where_ctrl_c_is_ignored(prepared, tmp_path, name, number):
+    """As behind nohup, and in a shell script for what it starts with &."""
+    large = tmp_path / "large.jsonl"
+    kind, _, small = PREPARE[name][2].partition(":")
+    large.write_bytes((prepared / small).read_bytes() * 40)
+    command = [*PREPARE[name][:2], f"{kind}:{large}", *READ, f"--data_dir={tmp_path / 'bins'}"]
+    process = subprocess.Popen(command, cwd=prepared, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    begun = tmp_path / "bins" / ("ids.tmp" if name == "prepare_pretrain" else "train.bin.tmp")
+    while not begun.exists() or not begun.stat().st_size:
+        assert process.poll() is None and not time.sleep(0.01)
+    workers = family(process.pid)[1:]
+    process.send_signal(number)
+    try:
+        output, _ = process.communicate(timeout=30)                    # the workers, too, have closed their end of it
+    finally:
+        for pid in family(process.pid) + workers:
+            if os.path.exists(f"/proc/{pid}"):
+                os.kill(pid, signal.SIGKILL)
+    assert len(workers) >= 2
+    assert process.returncode and "Traceback" not in output
+    assert number == signal.SIGKILL or "interrupted" in output and contents(tmp_path / "bins") == {}
+
+
+TWO_SIGNALS = """
+import os, signal, runtime
+rows = runtime.batch_rows
+def interrupted(step, *rest):
+    for _ in range(2 if step == 4 else 0):
+        os.kill(os.getpid(), signal.SIGINT)
+    return rows(step, *rest)
+runtime.batch_rows = interrupted
+"""
+
+
+def test_a_second_ctrl_c_quits_in_the_middle_of_the_step(prepared, tmp_path, whole):
+    done = conftest.run("pretrain.py", prepared, *ALONE[2:], f"--out_dir={tmp_path}/out", code=TWO_SIGNALS)
+    assert done.rc == 130 and "Traceback" not in done.err
+    assert done.err.index("stopping after this step") < done.err.index("stopped at once")
+    assert runtime.load_checkpoint(f"{tmp_path}/out/last.pt")["step"] == 4
+    run([*ALONE, f"--out_dir={tmp_path}/out", "--resume"], prepared)
+    assert final_state(tmp_path / "out") == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not hasattr(os, "geteuid") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk],
+                                                    capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes a Linux and its root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk, leave):
+    """Take all the space but so many bytes; returns the file that does."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "ballast").write_bytes(bytes(max(0, free - leave)))
+    return disk / "ballast"
+
+
+@pytest.mark.parametrize("leave", [0, 8192, 100_000])                  # for the log at the start; behind it; a checkpoint
+def test_training_on_a_full_disk_ends_in_one_sentence_and_resumes_exactly(prepared, small_disk, whole, leave):
+    command = [*ALONE[2:], f"--out_dir={small_disk}/out", "--resume"]
+    killed = conftest.run("pretrain.py", prepared, *command, code=TWO_SIGNALS)
+    ballast, before = fill(small_disk, leave), (small_disk / "out/last.pt").read_bytes()
+    full = conftest.run("pretrain.py", prepared, *command)
+    assert killed.rc == 130 and full.rc == 1 and "disk is full" in full.err and "Traceback" not in full.err, full.err
+    assert not list((small_disk / "out").glob("*.tmp")) and (small_disk / "out/last.pt").read_bytes() == before
+    assert runtime.load_checkpoint(f"{small_disk}/out/last.pt")["step"] == 4
+    ballast.unlink()
+    assert conftest.run("pretrain.py", prepared, *command).rc == 0
+    assert final_state(small_disk / "out") == whole
+
+
+@pytest.mark.parametrize("leave", [0, 100_000])
+@pytest.mark.parametrize("name", PREPARE)
+def test_preparing_on_a_full_disk_ends_in_one_sentence_and_leaves_nothing(prepared, small_disk, name, leave):
+    fill(small_disk, leave)
+    done = conftest.run(f"{name}.py", prepared, *PREPARE[name][2:], f"--data_dir={small_disk}/bins")
+    assert done.rc == 1 and "disk is full" in done.err and "Traceback" not in done.err, done.err
+    assert contents(small_disk / "bins") == {}
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 256 bytes"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_ends_in_one_sentence_that_halves_the_micro_batch(error):
+    def training(micro_batch):
+        with pytest.raises(SystemExit) as stopped, runtime.memory_advice(micro_batch):
+            raise error
+        assert "\n" not in stopped.value.code and "out of memory" in stopped.value.code
+        return stopped.value.code
+    assert "--micro_batch=8:" in training(16) and "--micro_batch=1:" in training(3) and "--max_seq_len" in training(1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), KeyboardInterrupt()])
+def test_other_errors_pass_through_as_they_are(error):
+    with pytest.raises(type(error)) as raised, runtime.memory_advice(16):
+        raise error
+    assert raised.value is error
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         soak(Path(folder), kills, seed)
+        soak_preparing(Path(folder), kills // 2, seed)
