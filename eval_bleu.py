@@ -145,7 +145,7 @@ def main():
         f.write(f"{checkpoint}: {summary}\n\n| question | reference | answer | BLEU |\n|---|---|---|---|\n")
         for (question, reference, answer), score in zip(rows, scores):
             f.write(f"| {cell(question)} | {cell(reference)} | {cell(answer)} | {score:.1f} |\n")
-    for question, reference, answer in rows[:8]:
+    for question, reference, answer in rows[::max(1, len(rows) // 8)][:8]:
         print(f"  | {question} -> {answer}" + f"   (reference: {reference})" * (answer != reference))
     print(f"{summary}\ntable: {out}")
 

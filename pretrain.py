@@ -80,7 +80,7 @@ def read_batch(data, rows, tok, device):
 
 
 def schedule(step):
-    """Learning rate of a step, counted from 1, as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
+    """Learning rate of a step (from 1) as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
     if step <= warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
