@@ -19,7 +19,7 @@ demo: .venv/demo
 	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
 
 test: .venv/test
-	$(PYTHON) -m pytest -q -n 2 tests
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal tests
 
 .venv/bin/python:
 	python3 -m venv .venv
