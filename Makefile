@@ -19,7 +19,7 @@ demo: .venv/demo
 	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
 
 test: .venv/test
-	$(PYTHON) -m pytest -q -n 2 --dist worksteal tests
+	$(PYTHON) -m pytest -q tests
 
 .venv/bin/python:
 	python3 -m venv .venv
@@ -29,7 +29,7 @@ test: .venv/test
 	@touch $@
 
 .venv/test: .venv/demo
-	$(PYTHON) -m pip install --quiet pytest pytest-xdist sacrebleu transformers pyarrow zstandard
+	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers pyarrow zstandard
 	@touch $@
 
 .PHONY: demo test
