@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,6 +76,24 @@ def test_packed_documents_do_not_see_each_other():
             alone = model(x.flatten()[None, a:b])[0]
             torch.testing.assert_close(packed[a:b], alone, rtol=1e-5, atol=1e-5)
             assert torch.allclose(blind[a:b], alone, atol=1e-3) == (a % 20 == 0)
+
+
+def test_packed_documents_reach_the_kernel_of_a_gpu_as_a_dense_mask_says(monkeypatch):
+    """The way taken on CUDA in half precision, with a plain loop in the place of its kernel: no GPU is needed."""
+    def naive(q, k, v, starts, starts_k, longest, longest_k, *, window_size):
+        assert window_size == (-1, 0) and starts is starts_k and q.shape == k.shape == v.shape and q.ndim == 3
+        assert longest == longest_k >= int(starts.diff().max()) and starts.dtype == torch.int32
+        parts = [F.scaled_dot_product_attention(*(t[a:b].transpose(0, 1) for t in (q, k, v)), is_causal=True)
+                 for a, b in zip(starts, starts[1:])]
+        return torch.cat(parts, dim=1).transpose(0, 1)                                       # (tokens, heads, D)
+
+    model, x = tiny(qk_norm=True), rows(3, 20)
+    starts = torch.tensor([0, 7, 8, 20, 40, 41, 59, 60], dtype=torch.int32)
+    with torch.no_grad():
+        dense = model(x, cu_seqlens=starts)
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", naive)
+        monkeypatch.setattr(models, "document_mask", lambda cu_seqlens, shape, weight: cu_seqlens)
+        torch.testing.assert_close(model(x, cu_seqlens=starts), dense, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options, said", [
