@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,8 @@ def run(command, cwd, kill_after=None, number=None):
     except subprocess.TimeoutExpired:
         # a machine that goes away takes all its processes at once
         for pid in family(process.pid) if number == signal.SIGKILL else [process.pid]:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):                         # it has just ended by itself
+                os.kill(pid, number)
         output, _ = process.communicate(timeout=120)
         return True, output
 
