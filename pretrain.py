@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, ModelConfig, generate, make_optimizers
@@ -59,7 +58,7 @@ save_interval  = 0                       # steps between further saves of last.p
 log_interval   = 10                      # steps between printed lines
 sample_prompts = "从前|今天|人工智能"      # continued at every validation; separated by |, empty: none
 sample_tokens  = 60                      # tokens of each continuation
-constants = config.override(globals())
+constants = runtime.override(globals())
 
 
 def read_batch(data, rows, tok, device):

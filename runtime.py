@@ -127,6 +127,12 @@ def ending_together():
         raise
 
 
+def override(namespace):
+    """config.override() for the scripts that torchrun starts: a constant that is wrong on one machine ends all."""
+    with ending_together():
+        return config.override(namespace)
+
+
 def finish():
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -379,7 +385,7 @@ def memory_advice(micro_batch):
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         advice = f"--micro_batch={micro_batch // 2}: half the activations, the same batch and the same result" \
-            if micro_batch > 1 else "a smaller model: --dim, --n_layers or --max_seq_len halved"
+            if micro_batch > 1 else "rows of half the length (--max_seq_len), or a smaller model"
         raise SystemExit(f"out of memory; try {advice}") from None
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, generate, make_optimizers
@@ -49,7 +48,7 @@ save_interval  = 0                       # steps between further saves of last.p
 log_interval   = 10                      # steps between printed lines
 sample_prompts = "你好！|你是谁？|天空是什么颜色的？"  # answered at every validation; separated by |, empty: none
 sample_tokens  = 80                      # tokens of each answer at most
-constants = config.override(globals())
+constants = runtime.override(globals())
 
 
 def pack(lengths, size):

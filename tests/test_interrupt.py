@@ -281,6 +281,15 @@ def test_out_of_memory_ends_in_one_sentence_that_halves_the_micro_batch(error):
     assert "--micro_batch=8:" in training(16) and "--micro_batch=1:" in training(3) and "--max_seq_len" in training(1)
 
 
+def test_memory_that_really_runs_out_ends_in_one_sentence(prepared):
+    """A matrix of 2^17 by 2^17 numbers, 64 GiB, in a process that may have 64 GiB in all."""
+    done = conftest.run("pretrain.py", prepared, "--data_dir=bins", "--tokenizer=tok.model", "--out_dir=large",
+                        "--device=cpu", "--dim=131072", "--n_heads=1024", "--hidden_dim=64", "--n_layers=1",
+                        code="import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))")
+    assert done.rc == 1 and done.err.strip().splitlines()[-1].startswith("out of memory; try --micro_batch=8: "), done.err
+    assert "Traceback" not in done.err and not (prepared / "large/last.pt").exists()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), KeyboardInterrupt()])
 def test_other_errors_pass_through_as_they_are(error):
     with pytest.raises(type(error)) as raised, runtime.memory_advice(16):

@@ -178,6 +178,15 @@ def test_a_node_that_cannot_start_does_not_leave_the_other_waiting(machine):
     assert "process 1 cannot begin: " in one.said and "train.bin: " in one.said
 
 
+@pytest.mark.parametrize("wrong", ["--max_steps=many", "--mask_document=0"])
+def test_a_constant_that_is_wrong_on_one_node_ends_both(machine, wrong):
+    one, two = ended(start([machine(), machine()], each=((), (wrong,))), seconds=60)
+    sentence = {"--max_steps=many": "--max_steps=many is not of type int",
+                "--mask_document=0": "there is no constant 'mask_document'; perhaps --mask_documents"}[wrong]
+    assert one.rc != 0 and two.rc != 0 and sentence in two.said
+    assert "process 1 cannot begin: " in one.said and sentence in one.said
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_takes_the_others_with_it(machine, rank):
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
