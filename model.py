@@ -162,8 +162,9 @@ class Model(nn.Module):
         h = self.embedding(x)                                                                # (B, T, C)
         if torch.is_autocast_enabled(h.device.type):           # the residual stream, too, in the dtype of the products
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        for i, block in enumerate(self.blocks):
-            h = block(h, rope, mask, caches[i] if caches else None)
+        for i, block in enumerate(self.blocks):                # compiled or not: for the one shape of training only
+            run = block if torch.is_grad_enabled() else block.forward
+            h = run(h, rope, mask, caches[i] if caches else None)
         return self.norm(h)
 
     def n_params(self):
@@ -176,7 +177,6 @@ class Model(nn.Module):
         c = self.config
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + c.vocab_size * c.dim
         return 6 * matrices + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len // 2
-
 
     def bytes_to_train(self, tokens, itemsize):
         """Estimate of the peak memory of a training step on `tokens` tokens (all of one micro-batch), in bytes: float32

@@ -50,7 +50,7 @@ seed           = 1337                    # of the initial weights and the order 
 # machine
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
-compile        = "auto"                  # auto (on CUDA) | on | off: torch.compile, a minute at the start, faster steps
+compile        = "auto"                  # auto (CUDA, long runs on CPUs) | on | off: torch.compile, faster steps
 # watching
 eval_interval  = 250                     # steps between validations; last.pt is saved then, and best.pt if it is best
 eval_tokens    = 1_048_576               # validate on this many tokens at most
@@ -138,7 +138,7 @@ def main():
     model = Model(shape).to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
-    forward = runtime.parallel(runtime.compiled(model, compile, process.device), process)
+    forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])

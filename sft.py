@@ -40,7 +40,7 @@ seed           = 1337                    # of the order of the data, from 0 up
 # machine
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
-compile        = "auto"                  # auto (on CUDA) | on | off: torch.compile, a minute at the start, faster steps
+compile        = "auto"                  # auto (CUDA, long runs on CPUs) | on | off: torch.compile, faster steps
 # watching
 eval_interval  = 100                     # steps between validations; last.pt is saved then, and best.pt if it is best
 eval_tokens    = 1_048_576               # validate on this many tokens at most
@@ -167,7 +167,7 @@ def main():
     model = Model.from_state(shape, pretrained["model"]).to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
-    forward = runtime.parallel(runtime.compiled(model, compile, process.device), process)
+    forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])

@@ -653,6 +653,26 @@ def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok,
     assert runtime.load_checkpoint(str(path))["shape"] == vars(model.config)
 
 
+def test_compiled_blocks_have_the_losses_of_plain_ones(train, monkeypatch):
+    """5 rows in rounds of 5; validation, of another number of rows, and generation are not compiled and do not mind."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, real=torch.nn.Module.compile: (
+        compiled.append(type(self).__name__), real(self)))
+    plain, fast = (train(pretrain, choice, compile=choice, max_steps=3, micro_batch=5, sample_prompts="从前",
+                         sample_tokens=5) for choice in ("off", "on"))
+    assert compiled == ["Block"] * SHAPE["n_layers"] and len(losses(fast)) == 4
+    assert losses(fast) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("compiler, tokens, expected", [("g++", 10**12, 2), ("g++", 1000, 0), ("", 10**12, 0)])
+def test_a_cpu_compiles_long_runs_where_there_is_a_compiler(monkeypatch, compiler, tokens, expected):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name == compiler)
+    runtime.compiled(Model(ModelConfig(400, **SHAPE)), "auto", runtime.Process(0, 0, 1, CPU), tokens)
+    assert len(compiled) == expected
+
+
 @pytest.mark.parametrize("changes, said", [
     (dict(n_heads=5), "n_heads"), (dict(dim=33), "n_heads"), (dict(batch_tokens=31), "batch_tokens"),
     (dict(n_heads=4, n_kv_heads=3), "n_kv_heads"), (dict(dim=6), "even"), (dict(rope_theta=0.0), "rope_theta")])
