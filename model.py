@@ -252,12 +252,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             hs, ys = h[at:at + rows], y[at:at + rows, None]
             counts = ys != IGNORE                                                            # (rows, 1)
             target = ys.clamp(min=0)
-            logits = (hs @ weight.T).float()                                                 # (rows, V)
-            lse = logits.logsumexp(-1, keepdim=True)
-            nats += ((lse - logits.gather(1, target)) * counts).sum()
+            logp = (hs @ weight.T).log_softmax(-1, dtype=torch.float32)                      # (rows, V)
+            nats -= (logp.gather(1, target) * counts).sum()
             if with_gradient:                  # d nats / d logits = softmax - onehot(target), 0 where none counts
-                d = logits.sub_(lse).exp_().scatter_add_(1, target, torch.full_like(lse, -1.0))
-                d = d.mul_(counts).to(h.dtype)
+                d = logp.exp_().scatter_add_(1, target, torch.full_like(logp[:, :1], -1.0)).mul_(counts).to(h.dtype)
                 dh[at:at + rows] = d @ weight
                 dw += d.T @ hs
         ctx.save_for_backward(dh, dw)
