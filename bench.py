@@ -105,7 +105,7 @@ def product_rate(where, name):
 def packed_documents(path, n_tokens):
     """A file like train.bin, of random tokens in documents of random lengths; returns it, mapped."""
     rng = np.random.default_rng(0)
-    data = rng.integers(3, vocab_size, n_tokens, dtype=np.uint16)
+    data = rng.integers(3, min(vocab_size, 1 << 16), n_tokens, dtype=np.uint16)
     ends = np.cumsum(1 + rng.exponential(document_tokens, n_tokens).astype(np.int64))
     data[ends[ends < n_tokens]] = EOS
     data.tofile(path)
