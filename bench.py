@@ -55,7 +55,7 @@ text_bytes      = 4_000_000         # of it are used
 # machine
 device          = "auto"            # auto | cuda | mps | cpu
 dtype           = "auto"            # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
-compile         = "auto"            # auto (on CUDA) | on | off: torch.compile when training
+compile         = "auto"            # auto (CUDA, CPUs with a C++ compiler) | on | off: torch.compile when training
 repeats         = 5                 # turns of every measurement
 out             = "out/bench.json"  # the same figures for programs
 constants = config.override(globals())
@@ -160,19 +160,21 @@ def peak_memory(where):
 
 def training():
     """Products, steps with the document mask and steps without, in turns."""
-    where = runtime.start(device).device
+    process = runtime.start(device)
+    where = process.device
     name, autocast, scaler = runtime.precision(where, dtype)
     before = peak_memory(where)
     torch.manual_seed(0)
     model = network().to(where)
-    run = dict(model=model, forward=runtime.compiled(model, compile, where), autocast=autocast, scaler=scaler,
-               optimizers=make_optimizers(model, 3e-3, 5e-3, 0.1, name))
+    setup = dict(model=model, forward=runtime.compiled(model, compile, process, math.inf), autocast=autocast,
+                 scaler=scaler, optimizers=make_optimizers(model, 3e-3, 5e-3, 0.1, name))      # inf: as for a long run
     rounds, n_rows, turns = max(1, batch_tokens / (micro_batch * max_seq_len)), 8 * micro_batch, []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data = packed_documents(os.path.join(folder, "train.bin"), n_rows * max_seq_len + 1)
         for turn in range(repeats + 2):                            # two turns to warm up: compiling, buffers
             rows = runtime.batch_rows(turn, micro_batch, n_rows, seed=0)
-            masked, whole = (optimizer_step(data, rows, mask, **run)[2] * [rounds, rounds, 1] for mask in (True, False))
+            masked, whole = (optimizer_step(data, rows, mask, **setup)[2] * [rounds, rounds, 1]
+                             for mask in (True, False))
             if turn == 1:
                 memory = peak_memory(where)                        # before there are products
             turns.append([product_rate(where, name) if turn > 1 else 0, *masked, whole.sum()])

@@ -28,7 +28,8 @@ def measured(tmp_path_factory):
     with open(folder / "text.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": story(rng, 9)}, ensure_ascii=False) + "\n" for _ in range(300))
     constants = dict(SHAPE, micro_batch=3, batch_tokens=1440, new_tokens=6, repeats=1, device="cpu", dtype="float32",
-                     tokenizer="our.model", corpora="text:text.jsonl", text_bytes=50_000, out="bench.json")
+                     compile="off", tokenizer="our.model", corpora="text:text.jsonl", text_bytes=50_000,
+                     out="bench.json")
     done = run("bench.py", folder, *(f"--{name}={value}" for name, value in constants.items()))
     assert done.rc == 0, done.err
     return json.loads((folder / "bench.json").read_text("utf-8")), done.out
