@@ -1,8 +1,8 @@
 """The network: a Llama-type decoder, its loss, its generation with a KV cache, and its optimizers.
 
 Llama (Touvron et al. 2023, arXiv:2302.13971): pre-normalisation by RMSNorm, rotary positions, SwiGLU, no biases. The
-options make it Llama 2/3 (grouped-query attention), Qwen2 (qkv_bias) or Qwen3 (qk_norm), weight for weight as in
-`transformers`. Nothing in here knows of files, tokenizers or process groups.
+options make it Llama 2/3 (grouped-query attention, rope_scaling), Qwen2 (qkv_bias) or Qwen3 (qk_norm), weight for
+weight as in `transformers`. Nothing in here knows of files, tokenizers or process groups.
 
 Shapes: B sequences, T tokens, S cached tokens, C = dim, H = n_heads, K = n_kv_heads, D = head_dim, V = vocab_size.
 """
@@ -32,6 +32,7 @@ class ModelConfig:
     tie_embeddings: bool = True    # one matrix embeds the tokens and scores them
     qk_norm: bool = False          # RMSNorm on every query and key head (Qwen3)
     qkv_bias: bool = False         # biases on the query, key and value projections (Qwen2)
+    rope_scaling: dict = None      # the numbers of Llama 3's scaled(); None: plain rotary positions
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -49,6 +50,12 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs of numbers")
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
+        names = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        scaling = self.rope_scaling
+        if scaling is not None and (scaling.keys() != names or min(scaling.values()) <= 0 or
+                                    scaling["low_freq_factor"] >= scaling["high_freq_factor"]):
+            raise ValueError(f"rope_scaling ({scaling}) must give {', '.join(sorted(names))}, all above 0 and "
+                             "low_freq_factor below high_freq_factor")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -192,9 +199,20 @@ class Model(nn.Module):
 
 def rope_table(config):
     """cos and sin of position x frequency, (2, max_seq_len, 1, D) float32. Su et al. 2021, arXiv:2104.09864."""
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)      # (D / 2,)
+    frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)   # (D / 2,)
+    if config.rope_scaling:
+        frequency = scaled(frequency, **config.rope_scaling)
     angle = torch.outer(torch.arange(config.max_seq_len).float(), frequency).repeat(1, 2)    # (max_seq_len, D)
     return torch.stack((angle.cos(), angle.sin())).unsqueeze(2)
+
+
+def scaled(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3's frequencies for a longer context: those that turn less than low_freq_factor times in the original one
+    become `factor` times slower, those that turn more than high_freq_factor times stay, with a ramp in between.
+    Source: meta-llama/llama-models, models/llama3/model.py, apply_scaling."""
+    turns = original_max_position_embeddings * frequency / (2 * math.pi)                     # (D / 2,)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x, rope):

@@ -228,7 +228,8 @@ def print_examples(tok, n):
     tokens, mask, idx = (np.memmap(f"{data_dir}/train.{kind}", dtype, "r")
                          for kind, dtype in (("bin", "<u2"), ("mask", "u1"), ("idx", "<i8")))
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
-    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.end_id: "<|end|>"}
+    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: tokenizers.CHATML[0],
+             tok.end_id: tokenizers.CHATML[1] if tok.start_id is not None else "<|end|>"}
     names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
     n = min(n, len(idx) - 1)
     for i in range(n):
@@ -245,7 +246,8 @@ def print_examples(tok, n):
 def check_constants(tok):
     """SystemExit with one sentence for constants that cannot work."""
     if tok.vocab_size > 65_536:
-        raise SystemExit(f"{tokenizer}: a vocabulary of {tok.vocab_size:,} does not fit the bins' 16 bits (65,536 ids)")
+        raise SystemExit(f"{tokenizer}: a vocabulary of {tok.vocab_size:,} does not fit the bins, whose ids are below "
+                         "65,536; take a model with a smaller one")
     for name in "val_fraction", "test_fraction", "augment", "augment_delete", "augment_repeat":
         if not 0 <= constants[name] <= 1:
             raise SystemExit(f"--{name}={constants[name]}: must be between 0 and 1")

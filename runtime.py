@@ -238,12 +238,12 @@ def parallel(model, process):
     if process.world_size == 1:
         model.no_sync = nullcontext
         return model
-    return DistributedDataParallel(model, device_ids=[process.local_rank] if process.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[process.local_rank] if process.device.type == "cuda" else None,
+                                   broadcast_buffers=False)         # the rotary table is the same everywhere
 
 
-def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows):
-    """Say before the first step what the run is and what it will cost."""
-    T = model.config.max_seq_len
+def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
+    """Say before the first step what the run is and what it will cost; T: tokens of a row."""
     tokens, a_round = steps * batch_rows * T, min(micro_batch, math.ceil(batch_rows / process.world_size))
     memory = model.bytes_to_train(a_round * T, 4 if dtype == "float32" else 2)
     flops, rate = model.flops_per_token(T), matmul_rate(process.device, dtype)
@@ -362,8 +362,12 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint() wrote; SystemExit if it is missing, not whole, newer, or holds more than data.
 
+    A folder is one of Hugging Face, and read as if it were a checkpoint.
     weights_only: a checkpoint from elsewhere can carry tensors and plain values, but no code that runs.
     """
+    if os.path.isdir(path):
+        import huggingface                                    # needs safetensors, which few runs do
+        return {"format": FORMAT, **huggingface.read_folder(path)}
     if not os.path.exists(path):
         raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
     try:

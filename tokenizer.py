@@ -1,28 +1,32 @@
 """Text <-> token ids, and the chat template with its loss mask. No tensors and no training in here.
 
-`load(name)` takes four kinds of vocabulary and gives back the same few methods for each:
+`load(name)` takes five kinds of vocabulary and gives back the same few methods for each:
 
     data/tokenizer.model  sentencepiece, made by train_tokenizer.py: a control token for every role and for the end
                           of a turn, identity normalisation, byte fallback, so decode(encode(text)) == text
     other *.model         any other sentencepiece file, for example ChatGLM2's: recognised by its content
     gpt2, cl100k_base     a tiktoken encoding by its name; tiktoken downloads the ranks at the first use
     *.tiktoken            a local file of such ranks, one "base64(bytes) rank" per line, split as GPT-2 splits
+    a folder              of Hugging Face: its tokenizer.model (sentencepiece) or, through `tokenizers`, tokenizer.json
 
 A dialogue is a list of {"role": "system" | "user" | "assistant", "content": str} and becomes one of
 
     <s><|user|>你好<|end|><|assistant|>你好！<|end|>        our own models
     你好<bos>你好！<eos>                                    other sentencepiece files, as baby-llama2-chinese writes it
-    Human: 你好\nAssistant: 你好！<eos>                     tiktoken
+    Human: 你好\nAssistant: 你好！<eos>                     tiktoken, and any other tokenizer.json
+    <|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n你好！<|im_end|>       those that have both (Qwen)
 
 What users and data say is encoded as plain text: no string, not even "<|end|>", turns into a control token.
 """
 import base64
 import codecs
 import hashlib
+import json
 import os
 import re
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]   # ids 4 to 7 of our own models
+CHATML = ["<|im_start|>", "<|im_end|>"]                             # around every turn in Qwen's vocabularies, for one
 SPACE = "\u2581"                                                    # sentencepiece writes a space as this character
 # How GPT-2 cuts a text into words before it merges bytes. Source: openai/gpt-2, src/encoder.py.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,6 +37,8 @@ def load(name):
 
     Raises SystemExit with one sentence if the file is missing or broken, or the encoding cannot be had.
     """
+    if os.path.isdir(name):
+        return from_folder(name)
     if name.endswith(".tiktoken"):
         return from_tiktoken(name, rank_file(name))
     if name.endswith(".model") or os.path.exists(name):
@@ -48,16 +54,18 @@ class Tokenizer:
     vocab_size   number of ids: all of them are below it
     pieces       list of vocab_size bytes: the UTF-8 that each id stands for, b"" for control tokens
     bos_id, eos_id, pad_id
-    roles        {role: id} and end_id, the control tokens of our own models; None where a vocabulary has none
-    turn         the text before and after a user's turn and the ids behind it, where there are no roles
+    roles        {role: id}, the control tokens of our own models; None where a vocabulary has none
+    end_id       the control token behind every turn, in our own models and in ChatML; None where there is none
+    start_id     that before every turn in ChatML, else None
+    turn         the text before and after a user's turn and the ids behind it, where there are no such tokens
     stop_ids     set of the ids that end an assistant's turn; eos_id is one of them
     """
 
     def __init__(self, name, sha256, pieces, bos_id, eos_id, pad_id, encode_batch, roles=None, end_id=None,
-                 turn=None, dummy_space=False):
+                 start_id=None, turn=None, dummy_space=False):
         self.name, self.sha256, self.pieces, self.vocab_size = name, sha256, pieces, len(pieces)
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
-        self.roles, self.end_id, self.turn = roles, end_id, turn
+        self.roles, self.end_id, self.start_id, self.turn = roles, end_id, start_id, turn
         self.stop_ids = {eos_id} if end_id is None else {eos_id, end_id}
         self.dummy_space = dummy_space          # sentencepiece put a space before the text: decode takes it away
         self._encode_batch = encode_batch       # list of str -> list of lists of ids, on one core
@@ -70,9 +78,13 @@ class Tokenizer:
         """A list of ids for each text. One core: whoever wants more starts more processes."""
         return self._encode_batch([whole_characters(text) for text in texts])
 
+    def piece(self, id):
+        """The bytes of an id; none behind the vocabulary, where a model may have rows for ids that do not exist."""
+        return self.pieces[id] if id < self.vocab_size else b""
+
     def decode(self, ids):
         """The text of the ids. Control tokens vanish; bytes that are no UTF-8 become U+FFFD."""
-        data = b"".join(map(self.pieces.__getitem__, ids))
+        data = b"".join(map(self.piece, ids))
         return (data[1:] if self.dummy_space and data[:1] == b" " else data).decode("utf-8", "replace")
 
     def render(self, messages):
@@ -105,6 +117,14 @@ class Tokenizer:
                 yield [self.roles[message["role"]]], 0
                 yield content + [self.end_id], int(message["role"] == "assistant")
             return
+        if self.start_id is not None:
+            for i, (message, content) in enumerate(zip(messages, contents)):
+                answers, line = message["role"] == "assistant", self.encode("\n") if i else []
+                role = self.encode(message["role"] + "\n" + message["content"] * (not answers))
+                yield line + [self.start_id] + role + [self.end_id] * (not answers), 0
+                if answers:
+                    yield content + [self.end_id], 1
+            return
         before, after, then = self.turn
         asked = []                              # a system text, or a second user turn, joins the turn that it stands by
         for message, content in zip(messages, contents):
@@ -125,12 +145,12 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer):
-        self.pieces, self.at_start = tokenizer.pieces, tokenizer.dummy_space
+        self.piece, self.at_start = tokenizer.piece, tokenizer.dummy_space
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id):
         """The characters that this id completes; "" while it is part of one, and for control tokens."""
-        data = self.pieces[id]
+        data = self.piece(id)
         if self.at_start and data:
             data, self.at_start = data.removeprefix(b" "), False
         return self.utf8.decode(data)
@@ -259,3 +279,114 @@ def rank_file(path):
                          "single byte one of them; download the file again")
     return tiktoken.Encoding(os.path.basename(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
+
+
+# ---- Hugging Face folders -------------------------------------------------------------------------------------
+
+def from_folder(folder):
+    """The tokenizer of a Hugging Face folder: tokenizer.model where that has all of its tokens, else tokenizer.json."""
+    spec = read_json(f"{folder}/tokenizer.json")
+    if os.path.exists(f"{folder}/tokenizer.model"):
+        tok = from_sentencepiece(f"{folder}/tokenizer.model")
+        if all(token["id"] < tok.vocab_size for token in spec.get("added_tokens", [])):
+            tok.name = folder
+            return tok
+    if not spec:
+        raise SystemExit(f"{folder}: neither tokenizer.model nor tokenizer.json is there; name a folder that has one")
+    return from_tokenizer_json(folder, spec)
+
+
+def from_tokenizer_json(folder, spec):
+    """Read a tokenizer.json: byte-level like Qwen's and Llama 3's, or with U+2581 for spaces like Llama 2's.
+
+    The tokens that the folder names as bos, eos and pad, and those of ChatML, are control tokens whatever the file
+    calls them. Its other special tokens are, too; added tokens that are not special are text, as in `transformers`.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise SystemExit(f"{folder}/tokenizer.json: pip install tokenizers to read it") from None
+    added = {token["content"]: token for token in spec.get("added_tokens", [])}
+    bos, eos, pad = (named_token(folder, kind, added) for kind in ("bos", "eos", "pad"))
+    if eos is None:
+        raise SystemExit(f"{folder}: its tokenizer_config.json and config.json name no eos token of tokenizer.json")
+    for name in {bos, eos, pad, *CHATML} & added.keys():
+        added[name]["special"] = True
+    try:
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:                  # tokenizers raises nothing more precise
+        raise SystemExit(f"{folder}/tokenizer.json: not read by tokenizers {tokenizers.__version__} ({error})") from None
+    theirs.no_truncation()
+    theirs.no_padding()
+    theirs.encode_special_tokens = True         # "<|im_end|>" in a text is text
+
+    def encode_batch(texts):                    # its own encode_batch would take all cores
+        return [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+
+    vocabulary, byte_level = theirs.get_vocab(), '"ByteLevel"' in json.dumps(spec.get("decoder"))
+    pieces = [b""] * (max(vocabulary.values()) + 1)
+    for piece, id in vocabulary.items():
+        if piece not in added:
+            pieces[id] = json_piece_bytes(piece, byte_level)
+        elif not added[piece]["special"]:
+            pieces[id] = piece.encode("utf-8")
+    ids = {name: vocabulary[name] for name in added}
+    start_id, end_id = map(ids.get, CHATML) if set(CHATML) <= ids.keys() else (None, None)
+    if ids[eos] == end_id:                      # what ends a turn of a chat model does not end a document
+        eos = "<|endoftext|>" if "<|endoftext|>" in ids else eos
+    bos_id, eos_id, pad_id = (ids[name or eos] for name in (bos, eos, pad))
+    what = [spec.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")] + [bos_id, eos_id]
+    first = encode_batch(["a"])[0]
+    dummy_space = b"".join(pieces[id] for id in first)[:1] == b" " and theirs.decode(first)[:1] != " "
+    tok = Tokenizer(folder, hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), pieces, bos_id,
+                    eos_id, pad_id, encode_batch, end_id=end_id, start_id=start_id,
+                    turn=("Human: ", "\nAssistant: ", []), dummy_space=dummy_space)
+    probe = tok.encode("Hello, 你好 é  x\n\n 1234 😀")
+    if tok.decode(probe) != theirs.decode(probe):
+        raise SystemExit(f"{folder}/tokenizer.json: of a kind that is not read here, neither byte-level nor with U+2581 "
+                         "for spaces")
+    return tok
+
+
+def named_token(folder, kind, added):
+    """The text of the bos, eos or pad token that the files of a folder name; None if they name none of `added`."""
+    for file in "tokenizer_config.json", "special_tokens_map.json":
+        token = read_json(f"{folder}/{file}").get(f"{kind}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token in added:
+            return token
+    ids = read_json(f"{folder}/config.json").get(f"{kind}_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    return next((name for name, token in added.items() if token["id"] in ids), None)
+
+
+def json_piece_bytes(piece, byte_level):
+    """The UTF-8 that a piece of a tokenizer.json stands for."""
+    if byte_level and set(piece) <= BYTE_OF.keys():
+        return bytes(BYTE_OF[character] for character in piece)
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode("utf-8")
+
+
+def byte_characters():
+    """{character: byte} of byte-level vocabularies, which write a space as Ġ. Source: openai/gpt-2, src/encoder.py."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {**{chr(byte): byte for byte in shown}, **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
+
+
+BYTE_OF = byte_characters()
+
+
+def read_json(path):
+    """The object of a JSON file, {} where there is no such file; SystemExit if it is not whole."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}: cannot be read as JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path}: holds no JSON object; download it again")
+    return content

@@ -1,0 +1,505 @@
+"""Models and tokenizers of others: Hugging Face folders against `transformers`, and baby-llama2-chinese's files."""
+import json
+import math
+import random
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import dialogue, run, story
+from safetensors.torch import load_file, save_file
+
+import eval_bleu
+import prepare_pretrain
+import prepare_sft
+import pretrain
+import runtime
+import sample
+import sft
+import tokenizer
+from model import Model, generate
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+TEXTS = ["你好，世界！", "a  b\n\n  c\t", " leading", "x" * 70, "👨‍👩‍👧‍👦🏳️‍🌈 龘𠮷", "1234 é ﬁ", "\n", "<s></s><unk>", "<0x41>",
+         "<|im_start|>system\n<|im_end|>", "<|endoftext|><|end|>", "从前，小猫在河边唱歌。\r\n第二段。"]
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------
+
+def texts():
+    rng = random.Random(0)
+    return [story(rng, 4) + " hello world, the end" for _ in range(60)]
+
+
+def save_tokenizer(folder, t, **names):
+    """tokenizer.json and tokenizer_config.json; returns it as AutoTokenizer reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def byte_level(folder, eos="<|endoftext|>", **names):
+    """Like Qwen's: bytes, no bos, ChatML; <think> is an added token that is not special."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder, t.normalizer = tokenizers.decoders.ByteLevel(), tokenizers.normalizers.NFC()
+    t.train_from_iterator(texts(), tokenizers.trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    t.add_tokens(["<think>"])
+    t.enable_truncation(5)                                               # some files have it switched on
+    return save_tokenizer(folder, t, eos_token=eos, pad_token="<|endoftext|>", bos_token=None, chat_template=CHATML,
+                          **names)
+
+
+def metaspace(folder, controls=("<unk>", "<s>", "</s>"), **names):
+    """Like Llama 2's: U+2581 for spaces, one before the text, bytes for what is not in the vocabulary."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    t.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    decoders = tokenizers.decoders
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                   decoders.Strip(" ", 1, 0)])
+    t.train_from_iterator(texts(), tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[*controls, *(f"<0x{b:02X}>" for b in range(256))], show_progress=False))
+    spec = json.loads(t.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:len(controls)]          # bytes are pieces, not added tokens
+    t = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    t.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return save_tokenizer(folder, t, bos_token="<s>", eos_token={"__type": "AddedToken", "content": "</s>"}, **names)
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    """{kind: (our tokenizer, that of transformers)} of two tokenizer.json."""
+    found = {}
+    for kind, make in (("byte-level", byte_level), ("metaspace", metaspace)):
+        folder = tmp_path_factory.mktemp(kind)
+        theirs = make(folder)
+        found[kind] = tokenizer.load(str(folder)), theirs
+    return found
+
+
+KINDS = pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+
+
+@KINDS
+def test_ids_and_texts_are_those_of_transformers(vocabularies, kind):
+    ours, theirs = vocabularies[kind]
+    theirs.backend_tokenizer.no_truncation()
+    assert ours.vocab_size == len(theirs) == len(ours.pieces)
+    for text in texts()[:5] + TEXTS:
+        ids = ours.encode(text)
+        assert ours.encode_batch([text, "a", text]) == [ids, ours.encode("a"), ids]
+        assert not {ours.bos_id, ours.eos_id, ours.pad_id, ours.start_id, ours.end_id} & set(ids)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text
+        if not any(control in text for control in theirs.all_special_tokens + ["<|im_start|>", "<|im_end|>"]):
+            assert ids == theirs.encode(text, add_special_tokens=False)
+    assert ours.decode(ours.encode("a\ud800b")) == "a\ufffdb"
+
+
+@KINDS
+def test_streaming_gives_the_text_of_decoding_and_no_half_character(vocabularies, kind):
+    ours, theirs = vocabularies[kind]
+    rng = random.Random(0)
+    for text in TEXTS:
+        decoder = tokenizer.StreamDecoder(ours)
+        parts = [decoder.push(id) for id in ours.encode(text)]
+        assert "".join(parts) == text and decoder.flush() == ""
+    for _ in range(200):                                                 # ids of no text, some behind the end
+        ids = [rng.randrange(ours.vocab_size + 20) for _ in range(rng.randrange(20))]
+        decoder = tokenizer.StreamDecoder(ours)
+        assert "".join([decoder.push(id) for id in ids]) + decoder.flush() == ours.decode(ids)
+
+
+def test_control_tokens_are_those_that_the_folder_names(vocabularies):
+    qwen, theirs = vocabularies["byte-level"]
+    ids = dict(zip(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"), range(320, 324)))
+    assert theirs.convert_tokens_to_ids(list(ids)) == list(ids.values())
+    assert qwen.bos_id == qwen.eos_id == qwen.pad_id == ids["<|endoftext|>"]
+    assert (qwen.start_id, qwen.end_id, qwen.stop_ids) == (321, 322, {320, 322})
+    assert qwen.pieces[320:] == [b"", b"", b"", b"<think>"] and qwen.encode("a<think>")[-1] == ids["<think>"]
+    llama, _ = vocabularies["metaspace"]
+    assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.stop_ids) == (1, 2, 2, {2}) and llama.dummy_space
+
+
+def test_a_chat_model_ends_its_turns_with_one_token_and_documents_with_another(tmp_path, vocabularies):
+    byte_level(tmp_path, eos="<|im_end|>")
+    tok, base = tokenizer.load(str(tmp_path)), vocabularies["byte-level"][0]
+    assert (tok.bos_id, tok.eos_id, tok.end_id, tok.sha256) == (320, 320, 322, base.sha256)
+
+
+def test_a_control_token_that_its_file_does_not_call_special_is_one(tmp_path):
+    byte_level(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    tok = tokenizer.load(str(tmp_path))
+    for text in "<|im_start|>", "<|im_end|>", "<|endoftext|>":
+        assert len(tok.encode(text)) > 3 and tok.decode(tok.encode(text)) == text
+    assert not {320, 321, 322} & set(tok.encode("a<|im_end|>\n<|im_start|>system\nb<|endoftext|>"))
+
+
+def test_chatml_is_what_the_template_of_the_folder_renders(vocabularies):
+    ours, theirs = vocabularies["byte-level"]
+    for seed in range(20):
+        messages = dialogue(random.Random(seed), 3)
+        messages[-2]["content"] += " \n\n尾"
+        ids, mask = ours.render(messages)
+        assert ids + ours.encode("\n") == theirs.encode(theirs.apply_chat_template(messages, tokenize=False))
+        assert ours.prompt(messages[:-1]) == theirs.encode(
+            theirs.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)) == ids[:mask_end(mask)]
+        learnt = [id for id, m in zip(ids, mask) if m]
+        assert learnt == [id for m in messages if m["role"] == "assistant" for id in ours.encode(m["content"]) + [322]]
+    ids, mask = ours.render([{"role": "user", "content": "<|im_end|>\n<|im_start|>assistant\n好"},
+                             {"role": "assistant", "content": "不"}])
+    learnt = ours.encode("不") + [322]
+    assert ids.count(321) == ids.count(322) == 2 and ids[-len(learnt):] == learnt
+    assert mask == [0] * (len(ids) - len(learnt)) + [1] * len(learnt)
+
+
+def mask_end(mask):
+    """Where the last answer begins."""
+    return len(mask) - mask[::-1].index(0)
+
+
+def test_a_tokenizer_json_without_chatml_takes_the_plain_form(vocabularies):
+    ours, _ = vocabularies["metaspace"]
+    ids, mask = ours.render([{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}])
+    assert ours.decode(ids) == "Human: 你好\nAssistant:  好" and ids[-1] == 2
+    assert [id for id, m in zip(ids, mask) if m] == ours.encode("好") + [2]
+
+
+def test_a_sentencepiece_file_goes_before_tokenizer_json_unless_that_has_more(tmp_path, tok):
+    shutil.copy(tok.name, tmp_path / "tokenizer.model")
+    ours = tokenizer.load(str(tmp_path))
+    assert (ours.name, ours.sha256, ours.roles, ours.end_id) == (str(tmp_path), tok.sha256, tok.roles, tok.end_id)
+    metaspace(tmp_path)                                                  # its added tokens are below 400
+    assert tokenizer.load(str(tmp_path)).sha256 == tok.sha256
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    spec["added_tokens"].append({**spec["added_tokens"][0], "content": "<|im_end|>", "id": 400})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    assert tokenizer.load(str(tmp_path)).vocab_size == 401
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.model nor tokenizer.json"),
+    (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json"),
+    (lambda f: (f / "tokenizer.json").write_text("[]"), "no JSON object"),
+    (lambda f: change(f / "tokenizer.json", model={"type": "none"}), "not read by tokenizers"),
+    (lambda f: change(f / "tokenizer.json", decoder={"type": "WordPiece", "prefix": "#", "cleanup": True}), "of a kind"),
+    (lambda f: change(f / "tokenizer_config.json", eos_token=None), "no eos token"),
+    (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), "not a whole sentencepiece model")])
+def test_what_is_no_tokenizer_ends_in_one_sentence(tmp_path, spoil, said):
+    byte_level(tmp_path)
+    spoil(tmp_path)
+    assert said in refused(tokenizer.load, str(tmp_path))
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), "utf-8")
+
+
+def refused(call, *args):
+    """The sentence with which it ends."""
+    with pytest.raises(SystemExit) as stopped:
+        call(*args)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
+    byte_level(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)                 # import then fails
+    assert "pip install tokenizers" in refused(tokenizer.load, str(tmp_path))
+
+
+# ---- models ---------------------------------------------------------------------------------------------------
+
+SMALL = dict(vocab_size=448, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2)
+
+
+def save_model(folder, kind, dtype=torch.float32, tok=None, shards=False, **options):
+    """A random network of `transformers`, saved in its way beside our tokenizer; returned as it reads it."""
+    torch.manual_seed(0)
+    shape = {**SMALL, **options}
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
+    for name, p in theirs.named_parameters():                            # large enough to matter
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    theirs.to(dtype).save_pretrained(folder, **({"max_shard_size": "20KB"} if shards else {}))
+    if tok is not None:
+        shutil.copy(tok.name, folder / "tokenizer.model")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def old_layout(folder):
+    """config.json as transformers wrote it before version 5."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    config["torch_dtype"] = config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+
+
+@pytest.mark.parametrize("layout", ["new", "old"])
+@pytest.mark.parametrize("kind, options", [
+    ("Llama", dict(head_dim=16)),
+    ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=True, dtype=torch.float16)),
+    ("Llama", dict(rope_parameters={**LLAMA3, "rope_theta": 500_000.0}, shards=True)),
+    ("Llama", dict(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype=torch.bfloat16, shards=True)),
+    ("Qwen2", dict(tie_word_embeddings=True)), ("Qwen2", dict(dtype=torch.bfloat16, sliding_window=None)),
+    ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, shards=True)), ("Qwen3", dict(head_dim=16))])
+def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, tok, kind, options, layout):
+    theirs = save_model(tmp_path, kind, tok=tok, **options)
+    if layout == "old":
+        old_layout(tmp_path)
+    saved = runtime.load_checkpoint(str(tmp_path))
+    assert (saved["stage"], saved["tokenizer"], saved["tokenizer_sha256"]) == ("pretrain", str(tmp_path), tok.sha256)
+    assert all(w.dtype == torch.float32 for w in saved["model"].values())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2 or not options.get("shards")
+    ours = Model.from_state(saved["shape"], saved["model"]).eval()
+    assert ours.n_params() == theirs.num_parameters()                    # tied or not
+    x = torch.randint(448, (3, 120), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, expected = ours(x), theirs(x).logits
+    assert expected.std() > 1                                            # there is something to agree about
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    greedy = theirs.generate(x[:1, :9], attention_mask=torch.ones(1, 9), max_new_tokens=30, do_sample=False,
+                             eos_token_id=None, pad_token_id=0)
+    assert [row[0] for row in generate(ours, [x[0, :9].tolist()], 30, temperature=0)] == greedy[0, 9:].tolist()
+
+
+def test_the_positions_of_llama_3_agree_up_to_the_last(tmp_path, tok):
+    options = dict(max_position_embeddings=131_072, rope_parameters={
+        **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0})
+    theirs = save_model(tmp_path, "Llama", tok=tok, head_dim=64, **options)
+    saved = runtime.load_checkpoint(str(tmp_path))
+    rope = Model.from_state(saved["shape"], saved["model"]).rope
+    at = torch.tensor([[0, 1, 5000, 40_000, 131_071]])
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), at)
+    torch.testing.assert_close(rope[:, at[0], 0], torch.cat((cos, sin)), rtol=0, atol=1e-3)
+    near = theirs.model.rotary_emb(torch.zeros(1), torch.arange(100)[None])
+    torch.testing.assert_close(rope[:, :100, 0], torch.cat(near))
+
+
+def test_a_folder_with_chat_tokens_answers_where_it_ends_with_the_turn(tmp_path, tok):
+    for eos, stage in ((2, "pretrain"), (7, "sft"), ([2, 7], "sft")):
+        save_model(tmp_path, "Llama", tok=tok, eos_token_id=eos)
+        assert runtime.load_checkpoint(str(tmp_path))["stage"] == stage
+    (tmp_path / "tokenizer.model").unlink()
+    byte_level(tmp_path, eos="<|im_end|>")
+    for eos, stage in ((320, "pretrain"), (322, "sft")):
+        save_model(tmp_path, "Qwen2", eos_token_id=eos)
+        assert runtime.load_checkpoint(str(tmp_path))["stage"] == stage
+    change(tmp_path / "config.json", eos_token_id=320)
+    assert runtime.load_checkpoint(str(tmp_path))["stage"] == "sft"      # generation_config.json says so
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
+    (dict(model_type="qwen3_moe"), "qwen3_moe"), (dict(architectures=["LlamaForSequenceClassification"]), "only"),
+    (dict(hidden_act="gelu"), "hidden_act is gelu"), (dict(attention_bias=True), "attention_bias"),
+    (dict(mlp_bias=True), "mlp_bias"), (dict(pretraining_tp=2), "pretraining_tp is 2"),
+    (dict(use_sliding_window=True), "use_sliding_window"), (dict(layer_types=["sliding_attention"] * 2), "sliding_att"),
+    (dict(quantization_config={"quant_method": "gptq"}), "gptq"), (dict(partial_rotary_factor=0.5), "partial_rotary"),
+    (dict(auto_map={"AutoModelForCausalLM": "modeling.X"}), "auto_map"),
+    *((dict(rope_scaling={"type": kind, "factor": 2.0}), kind) for kind in ("linear", "dynamic", "yarn", "longrope")),
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
+    (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "0.5"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "full_attention"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+    (dict(hidden_size=None), "hidden_size missing"), (dict(num_key_value_heads=3), "n_kv_heads (3) must divide"),
+    (dict(num_hidden_layers="2"), "config.json"), (dict(vocab_size=300), "embeds 300"),
+    (dict(intermediate_size=64), "[48, 32] instead of [64, 32] and 3 more"),
+    (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight not expected"),
+    (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight missing"),
+    (dict(tie_word_embeddings=True), "lm_head.weight unlike model.embed_tokens.weight")])
+def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options, said):
+    save_model(tmp_path, "Llama", tok=tok)
+    change(tmp_path / "config.json", **options)
+    sentence = refused(runtime.load_checkpoint, str(tmp_path))
+    assert said in sentence and sentence.startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda f: (f / "config.json").unlink(), "without config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not there"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not whole"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "not whole"),
+    (lambda f: (f / "tokenizer.model").unlink(), "neither tokenizer.model"),
+    (lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")), "lm_head.weight missing"),
+    (lambda f: edit_weights(f, lambda w: w.update(x=torch.ones(2))), "x not expected"),
+    (lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(32).to(torch.int8)})), "int8")])
+def test_a_folder_that_is_not_whole_ends_in_one_sentence(tmp_path, tok, spoil, said):
+    save_model(tmp_path, "Llama", tok=tok)
+    edit_weights(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    runtime.load_checkpoint(str(tmp_path))                               # which old folders have, and nothing needs
+    spoil(tmp_path)
+    sentence = refused(runtime.load_checkpoint, str(tmp_path))
+    assert said in sentence and sentence.startswith(str(tmp_path))
+
+
+def test_a_missing_shard_is_named(tmp_path, tok):
+    save_model(tmp_path, "Llama", tok=tok, shards=True)
+    [first, *_] = sorted(tmp_path.glob("*.safetensors"))
+    first.unlink()
+    assert f"{first}: not there" in refused(runtime.load_checkpoint, str(tmp_path))
+
+
+def test_without_safetensors_one_line_says_what_to_install(tmp_path, tok, monkeypatch):
+    save_model(tmp_path, "Llama", tok=tok)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install safetensors" in refused(runtime.load_checkpoint, str(tmp_path))
+
+
+# ---- stages that start from a folder --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tok):
+    """A Llama of 131,072 positions with our tokenizer, weights in bfloat16."""
+    path = tmp_path_factory.mktemp("folder")
+    save_model(path, "Llama", torch.bfloat16, tok, max_position_embeddings=131_072, tie_word_embeddings=True,
+               rope_parameters={**LLAMA3, "rope_theta": 500_000.0})
+    return path
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
+    """train(stage, **constants) runs its main() from the folder on rows of 80 and returns the losses in its log."""
+    def call(stage, **constants):
+        where = dict(checkpoint=str(folder), data_dir=str(sft_dir)) if stage is sft else \
+            dict(init_from=str(folder), data_dir=str(pretrain_dir), dim=64)                # dim is not looked at
+        values = dict(device="cpu", dtype="float32", compile="off", max_seq_len=80, batch_tokens=400, max_steps=4,
+                      eval_interval=2, warmup_steps=0, out_dir=str(tmp_path / "out"), sample_prompts="",
+                      tokenizer=tok.name, resume=False, **where)
+        for name, value in {**values, **constants}.items():
+            monkeypatch.setattr(stage, name, value)
+        monkeypatch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e9)
+        monkeypatch.setattr(runtime, "draw_curve", lambda out_dir, title: "no curve")
+        monkeypatch.setattr(runtime, "StopRequest", lambda: False)
+        stage.main()
+        return [float(row["loss"]) for row in runtime.read_log(f"{tmp_path}/out/log.csv")]
+    return call
+
+
+BOTH = pytest.mark.parametrize("stage", [pretrain, sft], ids=["pretrain", "sft"])
+
+
+@BOTH
+def test_training_goes_on_from_a_folder_on_short_rows(train, tmp_path, tok, folder, stage, capsys):
+    log = train(stage, tokenizer=str(folder))
+    assert "400 tokens = 5 rows of 80" in capsys.readouterr().out
+    best, before = runtime.load_checkpoint(f"{tmp_path}/out/best.pt"), runtime.load_checkpoint(str(folder))
+    assert best["shape"] == before["shape"] and best["shape"]["max_seq_len"] == 131_072
+    moved = [(w - before["model"][name]).abs().max().item() for name, w in best["model"].items()]
+    assert 0 < max(moved) < 0.1 and log[-1] < log[0]                     # it started there, and went on
+    resumed = train(stage, resume=True, max_steps=5)                     # the same tokenizer by another name
+    assert resumed[:4] == log and len(resumed) == 5
+    for name, value in (("max_seq_len", 81), ("seed", 1)):
+        with pytest.raises(SystemExit, match=f"another .*{name}"):
+            train(stage, resume=True, **{name: value})
+
+
+def test_the_first_loss_is_that_of_transformers(train, tok, folder, pretrain_dir):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    log = train(pretrain, max_steps=1, mask_documents=False, batch_tokens=80)
+    data = np.fromfile(pretrain_dir / "train.bin", dtype="<u2").astype(int)
+    [row] = runtime.batch_rows(0, 1, math.ceil((len(data) - 1) / 80), pretrain.seed)
+    piece = torch.tensor(data[row * 80:row * 80 + 81])
+    x = torch.where(piece[:-1] == tok.eos_id, tok.bos_id, piece[:-1])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(theirs(x[None]).logits[0], piece[1:])
+    assert log == [pytest.approx(expected.item(), rel=1e-4)]
+
+
+@BOTH
+def test_what_does_not_fit_ends_in_one_sentence(train, tmp_path, other_tok, stage):
+    name = "checkpoint" if stage is sft else "init_from"
+    assert "reads 131072 at most" in refused(lambda: train(stage, max_seq_len=200_000))
+    assert "none: no such checkpoint" in refused(lambda: train(stage, **{name: "none"}))
+    assert "without config.json" in refused(lambda: train(stage, **{name: str(tmp_path)}))
+    save_model(tmp_path / "other", "Llama", tok=other_tok)
+    assert "was trained with" in refused(lambda: train(stage, **{name: str(tmp_path / "other")}))
+    if stage is sft:
+        assert "prepare_sft.py --max_seq_len=40" in refused(lambda: train(stage, max_seq_len=40))
+
+
+def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
+    save_model(tmp_path / "qwen", "Qwen2", eos_token_id=320)
+    byte_level(tmp_path / "qwen")
+    lines = [json.dumps({"messages": dialogue(random.Random(i), 1)}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    here = ["--tokenizer=qwen", "--data_dir=data"]
+    done = run("prepare_sft.py", tmp_path, *here, "--corpora=messages:a.jsonl", "--max_seq_len=100", "--show=1",
+               "--val_fraction=0.3", "--workers=1")
+    assert done.rc == 0 and "<|im_start|>user\n" in done.out and "<|im_end|>】" in done.out, done.err
+    done = run("sft.py", tmp_path, *here, "--checkpoint=qwen", "--max_seq_len=100", "--batch_tokens=200",
+               "--max_steps=2", "--device=cpu", "--compile=off")
+    assert done.rc == 0 and "你是谁？ -> " in done.out, done.err
+    done = run("sample.py", tmp_path, "--checkpoint=out/sft/best.pt", "--prompt=你好", "--max_new_tokens=5",
+               "--device=cpu")
+    assert done.rc == 0 and "tokens/s" in done.err, done.err
+
+
+def test_a_base_model_continues_and_a_chat_model_answers(tmp_path, monkeypatch, capsys):
+    for eos, name in ((320, "<|endoftext|>"), (322, "<|im_end|>")):
+        path = tmp_path / str(eos)
+        model, hf = save_model(path, "Qwen2", eos_token_id=eos), byte_level(path, eos=name)
+        hf.backend_tokenizer.no_truncation()
+        ids = [320] + hf.encode("你好") if eos == 320 else hf.encode(hf.apply_chat_template(
+            [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True))
+        new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20,
+                             do_sample=False, eos_token_id=sorted({320, eos}), pad_token_id=0)[0, len(ids):]
+        assert len(set(new.tolist())) > 3                                # the model says something
+        for constant, value in dict(checkpoint=str(path), device="cpu", dtype="float32", temperature=0.0,
+                                    max_new_tokens=20, prompt="你好").items():
+            monkeypatch.setattr(sample, constant, value)
+        sample.main()
+        assert capsys.readouterr().out == "你好" * (eos == 320) + hf.decode(new, skip_special_tokens=True) + "\n"
+
+
+def test_bleu_is_computed_for_a_folder(tmp_path, tok, monkeypatch, capsys):
+    save_model(tmp_path / "model", "Llama", tok=tok, eos_token_id=[2, 7])
+    line = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(line), "utf-8")
+    for name, value in dict(checkpoint="model", questions="test.jsonl", max_new_tokens=5, device="cpu").items():
+        monkeypatch.setattr(eval_bleu, name, value)
+    monkeypatch.chdir(tmp_path)
+    eval_bleu.main()
+    assert "on 1 questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, corpora", [(prepare_sft, "messages:a.jsonl"), (prepare_pretrain, "text:a.jsonl")])
+def test_a_vocabulary_over_65536_is_refused_where_bins_are_made(tmp_path, monkeypatch, stage, corpora):
+    byte_level(tmp_path / "big")
+    spec = json.loads((tmp_path / "big/tokenizer.json").read_text("utf-8"))
+    spec["model"]["vocab"].update({f"w{i}": i for i in range(320, 70_000)})
+    (tmp_path / "big/tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": dialogue(random.Random(0), 1)}), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage, "corpora", corpora)
+    monkeypatch.setattr(stage, "tokenizer", "big")
+    sentence = refused(stage.main)
+    assert "big" in sentence and "70,004" in sentence and "65,536" in sentence
