@@ -24,7 +24,8 @@ data_dir       = "data/pretrain"         # train.bin, val.bin, meta.json
 out_dir        = "out/pretrain"          # last.pt, best.pt, log.csv, curve.png
 resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
 overwrite      = False                   # start anew although out_dir holds a run
-# model; the defaults are 34 M parameters with a vocabulary of 16,384
+init_from      = ""                      # start from these weights: a checkpoint or a Hugging Face folder; empty: anew
+# model; the defaults are 34 M parameters with a vocabulary of 16,384; init_from brings all of it but max_seq_len
 dim            = 512                     # width
 n_layers       = 8                       # depth
 n_heads        = 8                       # query heads; must divide dim
@@ -124,22 +125,31 @@ def main():
     if not (n_rows and n_val_rows and max_steps):
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
                          "of them may be 0; prepare_pretrain.py with more text, or a larger val_fraction")
+    pretrained = runtime.load_checkpoint(init_from) if init_from else None
     try:
-        shape = ModelConfig(tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
-                            tie_embeddings=tie_embeddings, qk_norm=qk_norm)
+        shape = ModelConfig(**pretrained["shape"]) if init_from else ModelConfig(
+            tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
+            tie_embeddings=tie_embeddings, qk_norm=qk_norm)
     except ValueError as error:
         raise SystemExit(f"pretrain.py: {error}") from None
-    identity = {**vars(shape), "tokenizer": tok.sha256, "rows": n_rows, "batch_tokens": batch_tokens, "seed": seed}
+    if init_from and pretrained["tokenizer_sha256"] != tok.sha256:
+        raise SystemExit(f"{init_from} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
+    if max_seq_len > shape.max_seq_len:
+        raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {init_from} reads {shape.max_seq_len} at most")
+    identity = {**vars(shape), "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
+                "batch_tokens": batch_tokens, "seed": seed}
     saved = runtime.open_run(out_dir, resume, overwrite, "pretrain", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
     torch.manual_seed(seed)
-    model = Model(shape).to(process.device)
+    model = Model.from_state(vars(shape), pretrained["model"]) if init_from else Model(shape)
+    model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    pretrained = saved = None                                          # copied: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
-    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows)
+    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 

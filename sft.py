@@ -18,12 +18,13 @@ import tokenizer as tokenizers
 from model import IGNORE, Model, generate, make_optimizers
 
 # data
-checkpoint     = "out/pretrain/best.pt"  # the pretrained model to start from
+checkpoint     = "out/pretrain/best.pt"  # the pretrained model to start from: a checkpoint or a Hugging Face folder
 tokenizer      = "data/tokenizer.model"  # the one that prepare_sft.py was given
 data_dir       = "data/sft"              # {train,val}.{bin,mask,idx}, meta.json
 out_dir        = "out/sft"               # last.pt, best.pt, log.csv, curve.png
 resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
 overwrite      = False                   # start anew although out_dir holds a run
+max_seq_len    = 0                       # tokens of a row; 0: as many as the model reads
 mask_documents = True                    # examples packed into one row do not see each other
 # optimization; a step is an optimizer step
 batch_tokens   = 16_384                  # tokens per step over all processes; gradient accumulation follows from it
@@ -85,8 +86,8 @@ class Examples:
         self.starts = runtime.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
         lengths = np.diff(self.starts) - 1                             # n tokens are n - 1 inputs, each with a target
         if lengths.max(initial=0) > size:
-            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and the model of "
-                             f"{checkpoint} reads {size}: run python prepare_sft.py --max_seq_len={size}")
+            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a row of this run "
+                             f"{size}: run python prepare_sft.py --max_seq_len={size}")
         self.rows, self.size = pack(lengths, size), size
         targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if len(lengths) else lengths
         self.targets = np.array([targets[row].sum() for row in self.rows])
@@ -144,14 +145,16 @@ def sample(model, tok, autocast, process):
 
 
 def main():
-    global max_steps
+    global max_steps, max_seq_len
     tok = tokenizers.load(tokenizer)
     meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
     pretrained = runtime.load_checkpoint(checkpoint)
     if pretrained["tokenizer_sha256"] != tok.sha256:
         raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
     shape = pretrained["shape"]
-    max_seq_len = shape["max_seq_len"]
+    max_seq_len = max_seq_len or shape["max_seq_len"]
+    if max_seq_len > shape["max_seq_len"]:
+        raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {checkpoint} reads {shape['max_seq_len']} at most")
     train, val = (Examples(part, meta[part], max_seq_len, tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
@@ -159,16 +162,19 @@ def main():
     if not (n_rows and n_val_rows and max_steps):
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
                          "of them may be 0; prepare_sft.py with more text, or a larger val_fraction")
-    identity = {**shape, "tokenizer": tok.sha256, "rows": n_rows, "batch_tokens": batch_tokens, "seed": seed}
+    identity = {**shape, "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
+                "batch_tokens": batch_tokens, "seed": seed}
     saved = runtime.open_run(out_dir, resume, overwrite, "sft", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
-    model = Model.from_state(shape, pretrained["model"]).to(process.device)
+    model = Model.from_state(shape, pretrained["model"])
+    model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    pretrained = saved = None                                          # copied: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
-    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows)
+    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 

@@ -42,8 +42,9 @@ def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
     model = Model(ModelConfig(tok.vocab_size, **{**SHAPE, "max_seq_len": LONG}))
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
     save_model(path, model, tok, "pretrain")
-    return {pretrain: dict(COMMON, **SHAPE, batch_tokens=5 * 32, tokenizer=tok.name, data_dir=str(pretrain_dir)),
-            sft: dict(COMMON, batch_tokens=5 * LONG, tokenizer=tok.name, data_dir=str(sft_dir), checkpoint=str(path))}
+    common = dict(COMMON, tokenizer=tok.name)
+    return {pretrain: dict(common, **SHAPE, init_from="", batch_tokens=5 * 32, data_dir=str(pretrain_dir)),
+            sft: dict(common, max_seq_len=0, batch_tokens=5 * LONG, data_dir=str(sft_dir), checkpoint=str(path))}
 
 
 def save_model(path, model, tok, stage, **more):
