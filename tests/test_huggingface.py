@@ -14,6 +14,7 @@ from conftest import dialogue, run, story
 from safetensors.torch import load_file, save_file
 
 import eval_bleu
+import import_baby_llama2
 import prepare_pretrain
 import prepare_sft
 import pretrain
@@ -392,8 +393,8 @@ def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
         where = dict(checkpoint=str(folder), data_dir=str(sft_dir)) if stage is sft else \
             dict(init_from=str(folder), data_dir=str(pretrain_dir), dim=64)                # dim is not looked at
         values = dict(device="cpu", dtype="float32", compile="off", max_seq_len=80, batch_tokens=400, max_steps=4,
-                      eval_interval=2, warmup_steps=0, out_dir=str(tmp_path / "out"), sample_prompts="",
-                      tokenizer=tok.name, resume=False, **where)
+                      eval_interval=2, warmup_steps=0, lr=0.01, muon_lr=0.01, sample_prompts="", resume=False,
+                      tokenizer=tok.name, out_dir=str(tmp_path / "out"), **where)
         for name, value in {**values, **constants}.items():
             monkeypatch.setattr(stage, name, value)
         monkeypatch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e9)
@@ -414,7 +415,7 @@ def test_training_goes_on_from_a_folder_on_short_rows(train, tmp_path, tok, fold
     best, before = runtime.load_checkpoint(f"{tmp_path}/out/best.pt"), runtime.load_checkpoint(str(folder))
     assert best["shape"] == before["shape"] and best["shape"]["max_seq_len"] == 131_072
     moved = [(w - before["model"][name]).abs().max().item() for name, w in best["model"].items()]
-    assert 0 < max(moved) < 0.1 and log[-1] < log[0]                     # it started there, and went on
+    assert 0 < max(moved) < 0.2 and log[-1] < log[0]                     # it started there, and went on
     resumed = train(stage, resume=True, max_steps=5)                     # the same tokenizer by another name
     assert resumed[:4] == log and len(resumed) == 5
     for name, value in (("max_seq_len", 81), ("seed", 1)):
@@ -503,3 +504,91 @@ def test_a_vocabulary_over_65536_is_refused_where_bins_are_made(tmp_path, monkey
     monkeypatch.setattr(stage, "tokenizer", "big")
     sentence = refused(stage.main)
     assert "big" in sentence and "70,004" in sentence and "65,536" in sentence
+
+
+# ---- baby-llama2-chinese --------------------------------------------------------------------------------------
+
+def baby_llama2(vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48):
+    """Random weights under the names of that project."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator) * 0.2 + (len(size) == 1)
+    k, weights = n_kv_heads * dim // n_heads, {"tok_embeddings.weight": draw(vocab_size, dim), "norm.weight": draw(dim)}
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    for i in range(n_layers):
+        sizes = {"attention.wq": (dim, dim), "attention.wk": (k, dim), "attention.wv": (k, dim),
+                 "attention.wo": (dim, dim), "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
+                 "feed_forward.w3": (hidden_dim, dim), "attention_norm": (dim,), "ffn_norm": (dim,)}
+        weights.update({f"layers.{i}.{name}.weight": draw(*size) for name, size in sizes.items()})
+    return weights
+
+
+def naive_logits(w, ids, n_heads):
+    """Logits (T, V) of such weights, a query at a time; x[2i] + x[2i + 1] j is turned by its position's angle."""
+    norm = lambda x, name: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+    x = w["tok_embeddings.weight"][ids]
+    D = x.shape[1] // n_heads
+    angles = torch.arange(len(ids))[:, None, None] * 10_000.0 ** (-2 * torch.arange(D // 2) / D)
+    turned = lambda x: torch.view_as_real(torch.view_as_complex(
+        x.view(len(ids), -1, D // 2, 2)) * torch.polar(torch.ones(angles.shape), angles)).flatten(2)
+    for i in range(sum("wq" in name for name in w)):
+        project = lambda name, x: x @ w[f"layers.{i}.{name}.weight"].T
+        h = norm(x, f"layers.{i}.attention_norm")
+        q, k = turned(project("attention.wq", h)), turned(project("attention.wk", h))
+        v = project("attention.wv", h).view(len(ids), -1, D)
+        attended = torch.zeros(len(ids), n_heads, D)
+        for t in range(len(ids)):
+            for head in range(n_heads):
+                shared = head * v.shape[1] // n_heads
+                p = (k[:t + 1, shared] @ q[t, head] / math.sqrt(D)).softmax(0)
+                attended[t, head] = p @ v[:t + 1, shared]
+        x = x + project("attention.wo", attended.flatten(1))
+        h = norm(x, f"layers.{i}.ffn_norm")
+        gate = project("feed_forward.w1", h)
+        x = x + project("feed_forward.w2", gate * gate.sigmoid() * project("feed_forward.w3", h))
+    return norm(x, "norm") @ w["output.weight"].T
+
+
+@pytest.fixture
+def imported(tmp_path, tok, monkeypatch):
+    """imported(weights, **constants) runs import_baby_llama2.py on them and returns the checkpoint's path."""
+    def call(weights, **constants):
+        torch.save(weights, tmp_path / "epoch.pth")
+        values = dict(pth=str(tmp_path / "epoch.pth"), tokenizer=tok.name, n_heads=4, max_seq_len=80,
+                      out=str(tmp_path / "best.pt"))
+        for name, value in {**values, **constants}.items():
+            monkeypatch.setattr(import_baby_llama2, name, value)
+        import_baby_llama2.main()
+        return str(tmp_path / "best.pt")
+    return call
+
+
+@pytest.mark.parametrize("prefix, sizes", [("", {}), ("_orig_mod.", dict(n_heads=2, n_kv_heads=2)),
+                                           ("module.", dict(n_kv_heads=1)), ("_orig_mod.module.", dict(n_kv_heads=4))])
+def test_logits_are_those_of_a_naive_baby_llama2(imported, tok, prefix, sizes):
+    weights, n_heads = baby_llama2(tok.vocab_size, **sizes), sizes.get("n_heads", 4)
+    saved = runtime.load_checkpoint(imported({prefix + name: w for name, w in weights.items()}, n_heads=n_heads))
+    assert saved["stage"] == "sft" and saved["shape"]["n_kv_heads"] == sizes.get("n_kv_heads", 2)
+    assert saved["shape"]["tie_embeddings"] and saved["tokenizer_sha256"] == tok.sha256
+    ids = torch.randint(tok.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = Model.from_state(saved["shape"], saved["model"])(ids[None])[0]
+    expected = naive_logits(weights, ids, n_heads)
+    assert expected.std() > 1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_imported_model_is_fine_tuned(imported, train, tok):
+    log = train(sft, checkpoint=imported(baby_llama2(tok.vocab_size), stage="pretrain"), max_seq_len=0)
+    assert log[-1] < log[0]
+
+
+@pytest.mark.parametrize("spoil, constants, said", [
+    (lambda w: w, dict(n_heads=5), "--n_heads=5"), (lambda w: w, dict(stage="chat"), "pretrain or sft"),
+    (lambda w: {"model": w}, {}, "state_dict"), (lambda w: {}, {}, "missing"),
+    (lambda w: {**w, "lora.weight": torch.ones(2)}, {}, "lora.weight"),
+    (lambda w: {name: t for name, t in w.items() if name != "norm.weight"}, {}, "norm.weight"),
+    (lambda w: {**w, "norm.weight": torch.ones(5)}, {}, "size mismatch"),
+    (lambda w: {name: t[:99] if t.shape[0] == 400 else t for name, t in w.items()}, {}, "99 tokens"),
+    (lambda w: w, dict(pth="none.pth"), "none.pth: cannot be read"), (lambda w: open, {}, "cannot be read")])
+def test_what_is_no_baby_llama2_ends_in_one_sentence(imported, tok, spoil, constants, said):
+    assert said in refused(lambda: imported(spoil(baby_llama2(tok.vocab_size)), **constants))
