@@ -38,7 +38,7 @@ TEXTS = ["你好，世界！", "a  b\n\n  c\t", " leading", "x" * 70, "👨‍�
 
 def texts():
     rng = random.Random(0)
-    return [story(rng, 4) + " hello world, the end" for _ in range(60)]
+    return [story(rng, 4) + " hello world\n\nthe end" for _ in range(60)]
 
 
 def save_tokenizer(folder, t, **names):
@@ -158,7 +158,7 @@ def test_chatml_is_what_the_template_of_the_folder_renders(vocabularies):
     ours, theirs = vocabularies["byte-level"]
     for seed in range(20):
         messages = dialogue(random.Random(seed), 3)
-        messages[-2]["content"] += " \n\n尾"
+        messages[-2]["content"] = f"\n\n  {messages[-2]['content']} \n\n尾"
         ids, mask = ours.render(messages)
         assert ids + ours.encode("\n") == theirs.encode(theirs.apply_chat_template(messages, tokenize=False))
         assert ours.prompt(messages[:-1]) == theirs.encode(
