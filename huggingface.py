@@ -123,9 +123,7 @@ def read_weights(path, shape):
     if wrong:
         raise SystemExit(f"{path}: weights that config.json does not describe: {', '.join(sorted(wrong)[:3])}"
                          + f" and {len(wrong) - 3} more" * (len(wrong) > 3))
-    weights = {}
-    for name, (ours, _) in expected.items():
-        weights[ours] = theirs.pop(name).float()
     if shape.tie_embeddings:
-        weights["head.weight"] = weights["embedding.weight"]
-    return weights
+        del expected["lm_head.weight"]
+    weights = {ours: theirs.pop(name).float() for name, (ours, _) in expected.items()}     # two copies of one at a time
+    return {**weights, "head.weight": weights["embedding.weight"]} if shape.tie_embeddings else weights

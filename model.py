@@ -145,9 +145,16 @@ class Model(nn.Module):
 
     @classmethod
     def from_state(cls, shape, weights):
-        """The network of a checkpoint: shape as in vars(ModelConfig), weights its state_dict; all of them must fit."""
-        model = cls(ModelConfig(**shape))
-        model.load_state_dict(weights)
+        """The network of a checkpoint: shape as in vars(ModelConfig), weights its state_dict; all of them must fit.
+
+        The tensors become the network's own: none is drawn at random first, none is there twice.
+        """
+        with torch.device("meta"):
+            model = cls(ModelConfig(**shape))
+        model.rope = rope_table(model.config)
+        model.load_state_dict(weights, assign=True)
+        if model.config.tie_embeddings:
+            model.head.weight = model.embedding.weight
         return model
 
     def forward(self, x, y=None, cu_seqlens=None):

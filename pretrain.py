@@ -143,11 +143,11 @@ def main():
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
     torch.manual_seed(seed)
-    model = Model.from_state(vars(shape), pretrained["model"]) if init_from else Model(shape)
+    model = Model.from_state(vars(shape), pretrained.pop("model")) if init_from else Model(shape)
     model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
-    pretrained = saved = None                                          # copied: the host's memory is free again
+    saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
