@@ -29,7 +29,7 @@ test: .venv/test
 	@touch $@
 
 .venv/test: .venv/demo
-	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers safetensors tokenizers pyarrow zstandard
+	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard
 	@touch $@
 
 .PHONY: demo test

@@ -10,16 +10,14 @@ model card. Both forms compute what model.py computes: Llama, with qk_norm Qwen3
 import importlib
 import json
 import os
-import shutil
 
-import numpy as np
 import torch
 
 import config
 import runtime
 import tokenizer as tokenizers
 from huggingface import their_name
-from model import Model
+from model import Model, scaled
 
 checkpoint = "out/sft/best.pt"  # of pretrain.py or sft.py
 tokenizer  = ""                 # empty: the one that the checkpoint names
@@ -28,13 +26,17 @@ dtype      = "f32"              # of the weights: f32 | f16; in a GGUF file also
 config.override(globals())
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
-TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-# What Tokenizer.render() and prompt() write. The names of the roles stand apart from their "<|": llama.cpp, where it does
-# not run templates, would take this one for Phi-3's, which has line feeds.
-CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-                 "{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
-                 "{{ '<|' + message['role'] + '|>' + message['content'] + '<|' + 'end|>' }}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|' + 'assistant|>' }}{% endif %}")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+# What Tokenizer.render() and prompt() make, with our own vocabularies and with those of ChatML. "<|" stands apart from
+# the names: llama.cpp, where it does not run templates, would else take the first for Phi-3's, which has line feeds.
+OURS = ("{{ bos_token }}{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+        "{{ raise_exception('the roles are system, user and assistant') }}{% endif %}"
+        "{{ '<|' + message['role'] + '|>' + message['content'] + '<|' + 'end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|' + 'assistant|>' }}{% endif %}")
+CHATML = ("{% for message in messages %}{{ '' if loop.first else '\\n' }}"
+          "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}")
 
 
 def needed(package, module):
@@ -48,30 +50,37 @@ def needed(package, module):
 def architecture(shape):
     """Whose network this is: "Llama", "Qwen2" or "Qwen3". SystemExit if it is nobody's."""
     if shape["qk_norm"] and shape["qkv_bias"]:
-        raise SystemExit(f"{checkpoint}: has qk_norm, as Qwen3, and qkv_bias, as Qwen2; no one else computes both")
+        raise SystemExit(f"{checkpoint}: has qk_norm, as Qwen3, and qkv_bias, as Qwen2; nobody else computes both")
     name = "Qwen3" if shape["qk_norm"] else "Qwen2" if shape["qkv_bias"] else "Llama"
-    if name != "Qwen3" and shape["head_dim"] * shape["n_heads"] != shape["dim"]:
-        raise SystemExit(f"{checkpoint}: {shape['n_heads']} heads of {shape['head_dim']} are not its width, "
-                         f"{shape['dim']}; only Qwen3 (qk_norm) is computed so elsewhere")
+    if name == "Llama" and shape["dim"] % shape["n_heads"]:
+        raise SystemExit(f"{checkpoint}: n_heads ({shape['n_heads']}) must divide dim ({shape['dim']}) in a Llama")
     return name
 
 
-def write_json(name, value):
-    with config.whole_file(f"{out}/{name}") as f:
-        json.dump(value, f, ensure_ascii=False, indent=1)
-        f.write("\n")
+def as_json(value):
+    return json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # the vocabulary
 
+def sentencepiece_file(tok):
+    return f"{tok.name}/tokenizer.model" if os.path.isdir(tok.name) else tok.name
+
+
 def vocabulary(tok):
     """[(text, score, type)] of every id of one of our sentencepiece files; type as in GGUF: 1 text, 2 unknown,
     3 control, 6 byte. A space is a space in it."""
     import sentencepiece
-    sp = sentencepiece.SentencePieceProcessor(model_file=tok.name)
-    return [(sp.id_to_piece(i).replace(tokenizers.SPACE, " "), sp.get_score(i),
-             2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1) for i in range(sp.vocab_size())]
+    sp = sentencepiece.SentencePieceProcessor(model_file=sentencepiece_file(tok))
+    kind = lambda id: 2 if sp.is_unknown(id) else 3 if sp.is_control(id) else 6 if sp.is_byte(id) else 1
+    return [(sp.id_to_piece(id).replace(tokenizers.SPACE, " "), sp.get_score(id), kind(id))
+            for id in range(sp.vocab_size())]
 
 
 def merges(words):
@@ -90,16 +99,16 @@ def tokenizer_json(tok):
     vocab = vocabulary(tok)
     controls = [{"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
                  "special": True} for id, (text, _, kind) in enumerate(vocab) if kind in (2, 3)]
-    bos, unknown = vocab[tok.bos_id][0], next(text for text, _, kind in vocab if kind == 2)
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    bos = vocab[tok.bos_id][0]
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": controls, "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b],
+        "post_processor": {"type": "TemplateProcessing", "single": first,
+                           "pair": first + [{"Sequence": {"id": "B", "type_id": 0}}],
                            "special_tokens": {bos: {"id": bos, "ids": [tok.bos_id], "tokens": [bos]}}},
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": vocab[0][0], "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False,
                   "vocab": {text: id for id, (text, _, _) in enumerate(vocab)},
                   "merges": merges({text: score for text, score, kind in vocab if kind == 1})}}
@@ -108,9 +117,9 @@ def tokenizer_json(tok):
 # -----------------------------------------------------------------------------------------------------------------
 # Hugging Face
 
-def config_json(shape, tok, stop_ids):
+def config_json(shape, tok):
     """config.json, with the names that transformers 4 and 5 both read."""
-    name, scaling = architecture(shape), shape.get("rope_scaling")
+    name, scaling = architecture(shape), shape["rope_scaling"]
     return {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "vocab_size": shape["vocab_size"],
         "hidden_size": shape["dim"], "intermediate_size": shape["hidden_dim"], "num_hidden_layers": shape["n_layers"],
@@ -119,13 +128,13 @@ def config_json(shape, tok, stop_ids):
         "rms_norm_eps": shape["norm_eps"], "rope_theta": shape["rope_theta"],
         "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
         "tie_word_embeddings": shape["tie_embeddings"], "attention_bias": False, "mlp_bias": False,
-        "use_sliding_window": False, "bos_token_id": tok.bos_id, "eos_token_id": stop_ids, "pad_token_id": tok.pad_id,
+        "use_sliding_window": False, "bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id, "pad_token_id": tok.pad_id,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
 
 
 def model_card(saved, model):
     """README.md of the folder: the figures that the checkpoint holds."""
-    figures = {"parameters": f"{model.n_params():,}", "made by": f"{saved['stage']}.py", "optimizer steps": saved.get("step"),
+    figures = {"parameters": f"{model.n_params():,}", "stage": saved["stage"], "optimizer steps": saved.get("step"),
                "validation loss, nats per token": saved.get("val_loss"),
                "validation loss, bits per byte of text": saved.get("val_bpb")}
     figures = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
@@ -154,33 +163,44 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from
 {rows(saved.get("constants", {}))}"""
 
 
+def tokenizer_files(tok, model):
+    """{name: bytes} of the files that AutoTokenizer wants: written for our own tokenizers, copied from the folder of
+    others, with the template that sft.py trains in the place of theirs. None for those that have no such files."""
+    if not tok.roles:
+        files = {name: read(f"{tok.name}/{name}") for name in TOKENIZER_FILES if os.path.exists(f"{tok.name}/{name}")}
+        settings = json.loads(files.get("tokenizer_config.json", "{}"))
+        files.pop("chat_template.jinja", None)
+        settings.pop("chat_template", None)
+        if tok.start_id is not None:
+            settings["chat_template"] = CHATML
+        return {**files, "tokenizer_config.json": as_json(settings)} if files else {}
+    vocab = vocabulary(tok)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": vocab[tok.bos_id][0],
+                "eos_token": vocab[tok.eos_id][0], "pad_token": vocab[tok.pad_id][0], "unk_token": vocab[0][0],
+                "additional_special_tokens": tokenizers.CONTROLS, "clean_up_tokenization_spaces": False,
+                "model_max_length": model.config.max_seq_len, "chat_template": OURS}
+    if model.config.qkv_bias:                                 # or transformers 5 takes it for Qwen's, as in every Qwen2
+        settings["auto_map"] = {"AutoTokenizer": ["", ""]}
+    return {"tokenizer.json": as_json(tokenizer_json(tok)), "tokenizer_config.json": as_json(settings),
+            "tokenizer.model": read(sentencepiece_file(tok))}
+
+
 def write_folder(saved, model, tok, stop_ids):
     save = needed("safetensors", "safetensors.torch").save
-    settings = config_json(vars(model.config), tok, stop_ids)
+    ids = {"bos_token_id": tok.bos_id, "eos_token_id": stop_ids, "pad_token_id": tok.pad_id}
+    files = {"config.json": as_json(config_json(vars(model.config), tok)), "generation_config.json": as_json(ids),
+             "README.md": model_card(saved, model).encode(), **tokenizer_files(tok, model)}
     weights = {their_name(name): w.to(DTYPES[dtype]).contiguous() for name, w in model.state_dict().items()
                if name != "head.weight" or not model.config.tie_embeddings}
-    with config.whole_file(f"{out}/model.safetensors", "wb") as f:
-        f.write(save(weights, metadata={"format": "pt"}))
-    write_json("config.json", settings)
-    ids = {"bos_token_id": tok.bos_id, "eos_token_id": stop_ids, "pad_token_id": tok.pad_id}
-    write_json("generation_config.json", ids)
-    with config.whole_file(f"{out}/README.md") as f:
-        f.write(model_card(saved, model))
-    for name in TOKENIZER_FILES:                              # of an export before this one
-        if os.path.exists(f"{out}/{name}") and not os.path.samefile(f"{out}/{name}", tok.name):
+    files["model.safetensors"] = save(weights, metadata={"format": "pt"})
+    for name in {*TOKENIZER_FILES, "model.safetensors.index.json"} - files.keys():   # of an export before this one
+        if os.path.exists(f"{out}/{name}"):
             os.remove(f"{out}/{name}")
-    if not tok.roles:
-        print(f"{out}: without tokenizer files, because {tok.name} was not made by train_tokenizer.py; encode with ours")
-        return
-    vocab, spec = vocabulary(tok), tokenizer_json(tok)
-    write_json("tokenizer.json", spec)
-    write_json("tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": vocab[tok.bos_id][0], "eos_token": vocab[tok.eos_id][0],
-        "pad_token": vocab[tok.pad_id][0], "unk_token": spec["model"]["unk_token"],
-        "additional_special_tokens": tokenizers.CONTROLS, "clean_up_tokenization_spaces": False,
-        "model_max_length": model.config.max_seq_len, "chat_template": CHAT_TEMPLATE})
-    with open(tok.name, "rb") as source, config.whole_file(f"{out}/tokenizer.model", "wb") as f:
-        shutil.copyfileobj(source, f)
+    for name, content in files.items():
+        with config.whole_file(f"{out}/{name}", "wb") as f:
+            f.write(content)
+    if "tokenizer_config.json" not in files:
+        print(f"{out}: without a tokenizer, since transformers reads none like {tok.name} exactly")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -194,32 +214,25 @@ def interleaved(w, n_heads):
 
 def write_gguf(saved, model, tok, stop_ids):
     gguf = needed("gguf", "gguf")
-    shape = vars(model.config)
-    name = architecture(shape).lower()
+    c = model.config
+    name = architecture(vars(c)).lower()
     if not tok.roles:
-        raise SystemExit(f"{out}: a GGUF file holds its tokenizer, and {tok.name} was not made by train_tokenizer.py; "
-                         "--out=folder exports the weights alone")
-    if shape.get("rope_scaling") and name != "llama":
-        raise SystemExit(f"{checkpoint}: has rope_scaling, which llama.cpp computes for Llama and not for {name}")
+        raise SystemExit(f"{out}: a GGUF file holds its tokenizer, and {tok.name} was not made by train_tokenizer.py: "
+                         "give a folder as --out=, and that to llama.cpp's convert_hf_to_gguf.py")
+    if name != "llama" and c.rope_scaling or name == "qwen2" and c.n_heads * c.head_dim != c.dim:
+        raise SystemExit(f"{checkpoint}: has rope_scaling or heads not dim / n_heads wide, which llama.cpp computes "
+                         f"for Llama and not for {name}; transformers does: give a folder as --out=")
     with config.whole_file(out, "wb") as aside:               # GGUFWriter opens the same file by its name
         writer = gguf.GGUFWriter(aside.name, name)
-        writer.add_name(os.path.splitext(os.path.basename(out))[0])
-        writer.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
-                              "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_vocab_size(shape["vocab_size"])
-        writer.add_context_length(shape["max_seq_len"])
-        writer.add_embedding_length(shape["dim"])
-        writer.add_block_count(shape["n_layers"])
-        writer.add_feed_forward_length(shape["hidden_dim"])
-        writer.add_head_count(shape["n_heads"])
-        writer.add_head_count_kv(shape["n_kv_heads"])
-        writer.add_key_length(shape["head_dim"])
-        writer.add_value_length(shape["head_dim"])
-        writer.add_rope_dimension_count(shape["head_dim"])
-        writer.add_rope_freq_base(shape["rope_theta"])
-        writer.add_layer_norm_rms_eps(shape["norm_eps"])
-        add_vocabulary(writer, gguf, tok, shape["vocab_size"], stop_ids)
+        for key, value in dict(
+                name=os.path.splitext(os.path.basename(out))[0], quantization_version=gguf.GGML_QUANT_VERSION,
+                file_type=getattr(gguf.LlamaFileType, "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"),
+                vocab_size=c.vocab_size, context_length=c.max_seq_len, embedding_length=c.dim, block_count=c.n_layers,
+                feed_forward_length=c.hidden_dim, head_count=c.n_heads, head_count_kv=c.n_kv_heads,
+                key_length=c.head_dim, value_length=c.head_dim, rope_dimension_count=c.head_dim,
+                rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.norm_eps).items():
+            getattr(writer, f"add_{key}")(value)
+        add_vocabulary(writer, gguf, tok, c.vocab_size, stop_ids)
         add_tensors(writer, gguf, model, name)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -228,52 +241,44 @@ def write_gguf(saved, model, tok, stop_ids):
 
 
 def add_vocabulary(writer, gguf, tok, rows, stop_ids):
-    """The tokenizer as llama.cpp reads it: a sentencepiece BPE, with scores. rows: of the embedding, at least as many."""
+    """The tokenizer as llama.cpp reads it: a sentencepiece BPE with its scores, and a text for each of the embedding's
+    rows, of which there may be more."""
     vocab = vocabulary(tok) + [(f"[unused {id}]", 0.0, gguf.TokenType.UNUSED) for id in range(tok.vocab_size, rows)]
     texts, scores, types = zip(*vocab)
     if " " not in texts:
-        print(f"{out}: {tok.name} has no piece for a space; llama.cpp will encode texts with spaces otherwise than we do")
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([text.replace(" ", tokenizers.SPACE) if kind == 1 else text for text, _, kind in vocab])
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(tok.bos_id)
-    writer.add_eos_token_id(tok.eos_id)
-    writer.add_pad_token_id(tok.pad_id)
-    writer.add_unk_token_id(types.index(gguf.TokenType.UNKNOWN))
-    if tok.end_id in stop_ids:
-        writer.add_eot_token_id(tok.end_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)                        # left out it means true
-    writer.add_chat_template(CHAT_TEMPLATE)
+        print(f"{out}: {tok.name} has no piece for a space: llama.cpp will encode texts with spaces unlike us")
+    spelled = [text.replace(" ", tokenizers.SPACE) if kind == 1 else text for text, _, kind in vocab]
+    for key, value in dict(
+            tokenizer_model="llama", tokenizer_pre="default", token_list=spelled, token_scores=scores,
+            token_types=types, unk_token_id=0, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id,
+            pad_token_id=tok.pad_id, add_bos_token=True, add_eos_token=False, chat_template=OURS,
+            add_space_prefix=False,                           # left out it means true
+            **({"eot_token_id": tok.end_id} if tok.end_id in stop_ids else {})).items():
+        getattr(writer, f"add_{key}")(value)
 
 
 def add_tensors(writer, gguf, model, name):
     """Matrices in dtype, vectors in float32, as llama.cpp wants them."""
     c, kinds = model.config, gguf.GGMLQuantizationType
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), c.n_layers)
-    kind, block = getattr(kinds, dtype.upper()), gguf.GGML_QUANT_SIZES[getattr(kinds, dtype.upper())][0]
+    names, kind = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), c.n_layers), kinds[dtype.upper()]
     for ours, w in model.state_dict().items():
         if ours == "head.weight" and c.tie_embeddings:
             continue
         if name == "llama" and ours.endswith(("wq.weight", "wk.weight")):
             w = interleaved(w, c.n_heads if "wq" in ours else c.n_kv_heads)
         # rows that blocks of 32 weights do not fill stay in float16, as in llama.cpp's own converter
-        stored = kinds.F32 if w.ndim == 1 else kind if w.shape[-1] % block == 0 else kinds.F16
+        stored = kinds.F32 if w.ndim == 1 else kind if w.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else kinds.F16
         writer.add_tensor(names.get_name(their_name(ours), (".weight", ".bias")),
                           gguf.quants.quantize(w.float().contiguous().numpy(), stored), raw_dtype=stored)
-    if getattr(c, "rope_scaling", None):                      # by what each frequency, read off the table, is divided
-        cos, sin = model.rope[:, 1, 0, :c.head_dim // 2].double().numpy()
-        plain = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / np.arctan2(sin, cos)).astype(np.float32))
+    if c.rope_scaling:                                        # by what each frequency is divided
+        frequency = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)            # (D / 2,)
+        writer.add_tensor("rope_freqs.weight", (frequency / scaled(frequency, **c.rope_scaling)).numpy())
 
 
 def main():
     is_file = out.endswith(".gguf")
     if dtype not in (*DTYPES, *["q8_0"] * is_file):
-        raise SystemExit(f"--dtype={dtype}: choose f32 or f16" + (" or q8_0" if is_file else "; q8_0 is for .gguf files"))
+        raise SystemExit(f"--dtype={dtype}: choose f32, f16" + (" or q8_0" if is_file else "; q8_0 is for .gguf files"))
     saved = runtime.load_checkpoint(checkpoint)
     tok = tokenizers.load(tokenizer or saved["tokenizer"])
     if tok.sha256 != saved["tokenizer_sha256"]:
