@@ -279,6 +279,10 @@ def main():
     is_file = out.endswith(".gguf")
     if dtype not in (*DTYPES, *["q8_0"] * is_file):
         raise SystemExit(f"--dtype={dtype}: choose f32, f16" + (" or q8_0" if is_file else "; q8_0 is for .gguf files"))
+    is_folder = os.path.isdir(out)
+    if not out or is_file == is_folder and os.path.exists(out) or \
+            is_folder and os.listdir(out) and not os.path.exists(f"{out}/config.json"):
+        raise SystemExit(f"--out={out}: name a new folder, an earlier export, or a file that ends in .gguf")
     saved = runtime.load_checkpoint(checkpoint)
     tok = tokenizers.load(tokenizer or saved["tokenizer"])
     if tok.sha256 != saved["tokenizer_sha256"]:

@@ -22,14 +22,16 @@ LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_ma
 KINDS = {"Llama": dict(n_kv_heads=2, norm_eps=1e-3), "Llama untied": dict(tie_embeddings=False, rope_theta=5e5),
          "Llama scaled": dict(rope_scaling=LLAMA3, head_dim=12), "Qwen2": dict(qkv_bias=True, n_kv_heads=1),
          "Qwen3": dict(qk_norm=True, head_dim=12, n_kv_heads=2)}
-TEXTS = ["", " ", "\n", "你好，世界！", "从前，小猫在河边唱歌。\n\n  第二段。", "a   b\t\tc  ", "行\r\n行\r行\x0b\x0c\x85\u2028尾",
-         "👨‍👩‍👧‍👦🏳️‍🌈😀", "▁a▁▁ b▁", "\x00a\x01\x7f", "龘靐齉𠮷㐀 國語", "é e\u0301 ﬁ Ａ１①\ufeff\u200b\u00a0\u3000x", "3.14159 1,000",
+TEXTS = ["", " ", "\n", "你好，世界！", "从前，小猫在河边唱歌。\n\n  第二段。", "a   b\t\tc  ",
+         "行\r\n行\r行\x0b\x0c\x85\u2028尾",
+         "👨‍👩‍👧‍👦🏳️‍🌈😀", "▁a▁▁ b▁", "\x00a\x01\x7f", "龘靐齉𠮷㐀 國語", "é e\u0301 ﬁ Ａ１①\ufeff\u200b\u00a0\u3000x",
+         "3.14159 1,000",
          "def f(x):\n    if x:\n\t\treturn  [x] * 2  # <0x0A>\n", "x" * 500, " " * 40 + "哈" * 41]
 
 
 @pytest.fixture(scope="module")
 def spaced(tmp_path_factory):
-    """A tokenizer as train_tokenizer.py makes them, with a piece for a space and pieces for runs of spaces and words."""
+    """A tokenizer as train_tokenizer.py makes them, with pieces for spaces, runs of them, and words."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("spaced") / "tokenizer.model"
     texts = [story(rng, 3) + "\n    if a  ==  b:\n" + "hello world " * 3 + "哈哈哈哈哈" for _ in range(60)]
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +172,7 @@ def test_float16_and_the_model_card(exported):
     assert theirs.dtype == torch.float16
     assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, model.blocks[1].ffn.w3.weight.half())
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert all(f" {figure} |" in card for figure in (f"{model.n_params():,}", "1234", "2.3457", "1.0123", "0.00567", "48"))
+    assert all(f" {figure} |" in card for figure in (f"{model.n_params():,}", "1234", "2.3457", "1.0123", "0.00567"))
 
 
 # ---- GGUF -----------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def test_float16_and_the_model_card(exported):
 def test_transformers_computes_the_same_logits_from_gguf(exported, kind):
     options = KINDS.get(kind, dict(vocab_size=410))                      # more rows in the embedding than pieces
     path, model = exported("model.gguf", **options)
-    head_dim = {"head_dim": 12} if kind == "Qwen3" else {}               # transformers does not look for a Qwen3's there
+    head_dim = {"head_dim": 12} if kind == "Qwen3" else {}               # transformers does not read a Qwen3's
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **head_dim).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(rows(model)), theirs(rows(model)).logits, rtol=0, atol=1e-4)
@@ -240,7 +242,8 @@ def test_the_frequencies_of_llama_3_in_gguf(exported):
 # ---- what cannot be -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("out, options, said", [
-    ("hf", dict(qk_norm=True, qkv_bias=True), "nobody else"), ("m.gguf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
+    ("hf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
+    ("m.gguf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
     ("hf", dict(dim=30, head_dim=8), "must divide"), ("m.gguf", dict(qkv_bias=True, head_dim=12), "not for qwen2"),
     ("m.gguf", dict(qk_norm=True, rope_scaling=LLAMA3), "not for qwen3"), ("hf", dict(dtype="q8_0"), "q8_0 is for"),
     ("m.gguf", dict(dtype="int4"), "choose f32, f16 or q8_0")])
@@ -250,7 +253,8 @@ def test_what_no_one_else_computes_is_refused_and_nothing_written(exported, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
-@pytest.mark.parametrize("out, package, module", [("hf", "safetensors", "safetensors.torch"), ("m.gguf", "gguf", "gguf")])
+@pytest.mark.parametrize("out, package, module", [("hf", "safetensors", "safetensors.torch"),
+                                                  ("m.gguf", "gguf", "gguf")])
 def test_one_line_says_what_to_install(exported, tmp_path, monkeypatch, out, package, module):
     monkeypatch.setitem(sys.modules, module, None)                       # import then fails
     with pytest.raises(SystemExit, match=f"pip install {package}$") as stopped:
@@ -270,3 +274,16 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(exported, other_tok, 
     monkeypatch.setattr(export, "tokenizer", other_tok.name)
     with pytest.raises(SystemExit, match="was trained with"):
         exported()
+
+
+@pytest.mark.parametrize("out", ["", "file", "folder.gguf", "notes", "best.pt"])
+def test_nothing_but_an_earlier_export_is_overwritten(exported, tmp_path, monkeypatch, out):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="--out="):
+        exported(out)
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "best.pt") == before
+    assert (tmp_path / "notes/README.md").read_text() == "mine"
