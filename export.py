@@ -178,7 +178,8 @@ def tokenizer_files(tok, model):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": vocab[tok.bos_id][0],
                 "eos_token": vocab[tok.eos_id][0], "pad_token": vocab[tok.pad_id][0], "unk_token": vocab[0][0],
                 "additional_special_tokens": tokenizers.CONTROLS, "clean_up_tokenization_spaces": False,
-                "model_max_length": model.config.max_seq_len, "chat_template": OURS}
+                "model_input_names": ["input_ids", "attention_mask"], "model_max_length": model.config.max_seq_len,
+                "chat_template": OURS}
     if model.config.qkv_bias:                                 # or transformers 5 takes it for Qwen's, as in every Qwen2
         settings["auto_map"] = {"AutoTokenizer": ["", ""]}
     return {"tokenizer.json": as_json(tokenizer_json(tok)), "tokenizer_config.json": as_json(settings),

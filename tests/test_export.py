@@ -103,6 +103,7 @@ def test_autotokenizer_gives_our_ids(exported, request, kind, which):
     assert theirs.encode(evil, add_special_tokens=False, split_special_tokens=True) == ours.encode(evil)
     assert theirs.encode(evil, add_special_tokens=False) == [1] + ours.encode("你") + [7, 5, 2]
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
+    assert set(theirs("你好")) == {"input_ids", "attention_mask"}         # what generate(**...) takes
     assert theirs.decode([1, 4, 7, *ours.encode("你 好"), 2], skip_special_tokens=True) == "你 好"
 
 
