@@ -334,6 +334,14 @@ class KVCache:
         return self.k[:, :self.length], self.v[:, :self.length]
 
 
+def empty_caches(model, B, size):
+    """A KVCache for every layer, in the dtype of its products."""
+    config, device, dtype = model.config, model.norm.weight.device, model.norm.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return [KVCache(B, size, config.n_kv_heads, config.head_dim, dtype=dtype, device=device) for _ in model.blocks]
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
              stop_ids=(), pad_id=0, generator=None):
@@ -352,10 +360,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)                   # (B,)
     x = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     size = min(config.max_seq_len + int(pad.max()), longest + max_new_tokens)        # where the shortest is full, too
-    kind = dict(dtype=model.norm.weight.dtype, device=device)
-    if torch.is_autocast_enabled(device.type):
-        kind["dtype"] = torch.get_autocast_dtype(device.type)
-    caches = [KVCache(B, size, config.n_kv_heads, config.head_dim, **kind) for _ in model.blocks]
+    caches = empty_caches(model, B, size)
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)
     for row, p in zip(seen, prompts):
         row[torch.tensor(p, device=device)] = True
@@ -408,6 +413,76 @@ def likeliest(logits, top_k, top_p):
     p = logits.softmax(-1)
     few = p.topk(min(512, p.shape[-1]))        # mostly enough, and far less work than sorting a whole vocabulary
     return few if bool((few.values.sum(-1) >= top_p).all()) else p.sort(descending=True)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# likelihood of given answers
+
+def n_shared(a, b):
+    """How many elements two lists begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def answer_tree(prompt, answers, start):
+    """A prompt from its id `start` on and all answers to it, as one row that the network reads at once.
+
+    Returns lists: ids; places, the position of each id in its text; branches, 0 for the prompt and 1, 2, ... for the
+    answers; and for every token of the answers, one answer after another, the index in the row that predicts it.
+    """
+    ids, places, branches, sources = prompt[start:], list(range(start, len(prompt))), [0] * (len(prompt) - start), []
+    for branch, answer in enumerate(answers, start=1):
+        n = len(answer) - 1                    # nothing is read behind the last token
+        sources += [len(prompt) - start - 1, *range(len(ids), len(ids) + n)]
+        ids, places = ids + answer[:n], places + list(range(len(prompt), len(prompt) + n))
+        branches += [branch] * n
+    return ids, places, branches, sources
+
+
+@torch.inference_mode()
+def score(model, prefix, prompts, answers, batch_size):
+    """log P(answer | prompt) in nats, for each prompt a list of floats, one for each of its answers.
+
+    prefix: ids that go through the network once; every prompt reuses as much of them as it begins with. prompts: lists
+    of ids; answers: for each prompt a list of lists of ids, none empty. A prompt with an answer has at most
+    max_seq_len + 1 ids, of which the last is not read (ValueError otherwise). batch_size: prompts at a time.
+    The answers to a prompt stand side by side in its row and do not see each other, so that it is read once, too: a
+    tree of tokens as in Miao et al. 2023, arXiv:2305.09781.
+    """
+    device, size = model.norm.weight.device, model.config.max_seq_len
+    for prompt, choices in zip(prompts, answers, strict=True):
+        if not prompt or not all(choices) or len(prompt) + max(map(len, choices)) > size + 1:
+            raise ValueError(f"a prompt of {len(prompt)} tokens with answers of {list(map(len, choices))}; each needs at "
+                             f"least 1, both together at most max_seq_len + 1 ({size + 1})")
+    prefix = prefix[:max(n_shared(prefix, prompt) for prompt in prompts)] if prompts else []
+    known = empty_caches(model, 1, len(prefix))
+    if prefix:
+        model.hidden(torch.tensor([prefix], device=device), model.rope[:, :len(prefix)], None, known)
+    scores = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))                       # little padding
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        starts = [min(n_shared(prefix, prompts[i]), len(prompts[i]) - 1) for i in batch]
+        rows = [answer_tree(prompts[i], answers[i], start) for i, start in zip(batch, starts)]
+        B, S, T = len(batch), max(starts), max(len(ids) for ids, *_ in rows)
+        x, places, branches = (torch.tensor([row[part] + [fill] * (T - len(row[part])) for row in rows], device=device)
+                               for part, fill in ((0, 0), (1, 0), (2, -1)))                  # (B, T)
+        # a token sees the prefix as far as its prompt has it, its prompt, and its own answer; padding sees padding
+        reused = torch.arange(S, device=device) < torch.tensor(starts, device=device)[:, None]                # (B, S)
+        same = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+        mask = torch.cat((reused[:, None].expand(B, T, S), same & (places[:, None, :] <= places[:, :, None])), dim=-1)
+        caches = empty_caches(model, B, S + T)
+        for cache, filled in zip(caches, known):
+            cache.append(filled.k[:, :S].expand(B, -1, -1, -1), filled.v[:, :S].expand(B, -1, -1, -1))
+        h = model.hidden(x, model.rope[:, places], mask[:, None], caches)                    # (B, T, C)
+        h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])                          # (answer tokens, C)
+        y = torch.tensor([id for i in batch for answer in answers[i] for id in answer], device=device)
+        rows_at_a_time = loss_rows(device)     # all logits at once would be large
+        nats = torch.cat([F.cross_entropy(model.head(part).float(), target, reduction="none")
+                          for part, target in zip(h.split(rows_at_a_time), y.split(rows_at_a_time))])
+        token = iter((-nats).tolist())
+        for i in batch:
+            scores[i] = [sum(next(token) for _ in answer) for answer in answers[i]]
+    return scores
 
 
 # -----------------------------------------------------------------------------------------------------------------
