@@ -100,7 +100,8 @@ SUBJECTS = {"ceval": {
                   "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy "
                   "prehistory professional_law world_religions",
     "Other": "anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging management "
-             "marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology"}}
+             "marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine "
+             "virology"}}
 LETTERS, FIGURES = "ABCD", ("letter", "text")
 
 
@@ -119,12 +120,13 @@ def read_questions(path):
         raise SystemExit(f"{path}: neither UTF-8 nor GB18030 text, UTF-16 perhaps; save it as UTF-8")
     rows, bad, reader = [], {}, csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
+        line = reader.line_num + 1
         try:
-            rows.append((reader.line_num + 1, next(reader)))
+            rows.append((line, next(reader)))
         except StopIteration:
             break
         except csv.Error as error:                            # a quote that nothing closes takes all that follows
-            bad.setdefault(f"broken CSV ({error})", []).append(reader.line_num)
+            bad.setdefault(f"broken CSV ({error})", []).append(line)
     rows = [(line, list(map(str.strip, fields))) for line, fields in rows if fields]
     columns = [name.lower() for name in rows[0][1]] if rows else []
     if "question" not in columns:
@@ -190,15 +192,15 @@ def encode(tok, is_chat, name, examples, question, figure):
 
 def answer(model, tok, is_chat, name, examples, questions, figure):
     """Give every question the score of each option and the number of its examples, under the figure's name; None where
-    it is too long for the context even without any. The score of a letter is its log-likelihood in nats, that of a text
-    its log-likelihood per character.
+    it is too long for the context even without any, or the tokenizer knows nothing of an option. The score of a letter
+    is its log-likelihood in nats, that of a text its log-likelihood per character.
     """
     asked = []
     for question in questions:
         question[figure] = None
         for n in range(len(examples), -1, -1):                # the last example is the first to go
             prompt, answers = encode(tok, is_chat, name, examples[:n], question, figure)
-            if len(prompt) + max(map(len, answers)) <= model.config.max_seq_len + 1:
+            if all(answers) and len(prompt) + max(map(len, answers)) <= model.config.max_seq_len + 1:
                 asked.append((n, prompt, answers, question))
                 break
     asked.sort(key=lambda a: -a[0])
@@ -231,7 +233,7 @@ def accuracy(subjects, figure):
 
 def report(summary, notes, scored):
     """The page in Markdown: its first paragraph says it all in short. scored: {subject: answered questions}."""
-    lines = [summary, "", *(f"- {note}" for note in notes)]
+    lines = [summary, *([""] if notes else []), *(f"- {note}" for note in notes)]
     groups = {name: [word.partition("=")[0] for word in words.split()] for name, words in SUBJECTS[exam].items()}
     groups |= {"all": list(scored), **{subject: [subject] for subject in scored}}
     lines += ["", "| | questions | by letter: mean of subjects | of questions | by text: mean of subjects "
@@ -240,7 +242,7 @@ def report(summary, notes, scored):
         if subjects := [scored[subject] for subject in members if subject in scored]:
             figures = [share for figure in FIGURES for share in accuracy(subjects, figure)]
             lines.append(f"| {name} | {sum(map(len, subjects))} | {' | '.join(figures)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines if scored else lines[:-3]) + "\n"
 
 
 def main():
@@ -265,7 +267,7 @@ def main():
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
 
     names = dict(word.split("=") for words in SUBJECTS[exam].values() for word in words.split() if "=" in word)
-    dropped = dict.fromkeys(FIGURES, 0)
+    answered, offered, dropped = {}, 0, dict.fromkeys(FIGURES, 0)
     for subject, questions in tqdm(subjects.items(), unit="subject", disable=None):
         del questions[n_questions or len(questions):]
         solved = [q for q in examples.get(subject, []) if q["answer"]][:shots]
@@ -274,9 +276,11 @@ def main():
         name = names.get(subject, subject.replace("_", " "))
         for figure in FIGURES:
             answer(model, tok, saved["stage"] == "sft", name, solved, questions, figure)
-            dropped[figure] += sum(len(solved) - q[figure][1] for q in questions if q[figure])
+        answered[subject] = [q for q in questions if all(map(q.get, FIGURES))]
+        offered += len(solved) * len(answered[subject])
+        for figure in FIGURES:
+            dropped[figure] += sum(len(solved) - q[figure][1] for q in answered[subject])
 
-    answered = {subject: [q for q in questions if all(map(q.get, FIGURES))] for subject, questions in subjects.items()}
     scored = {subject: questions for subject, questions in answered.items() if questions and questions[0]["answer"]}
     n_asked, n_answered, n_scored = (sum(map(len, part.values())) for part in (subjects, answered, scored))
     said = [f"{checkpoint} on {title} {part}, {shots} shots"]
@@ -291,9 +295,9 @@ def main():
                        for subject, questions in answered.items() if questions and subject not in scored}, f, indent=1)
     if shots:
         said.append(f"shots dropped for lack of room: {dropped['letter']:,} by letter and {dropped['text']:,} by text "
-                    f"of {shots * n_answered:,} each")
+                    f"of {offered:,} each")
     if n_answered < n_asked:
-        said.append(f"{n_asked - n_answered} questions left out: longer than {model.config.max_seq_len} tokens")
+        said.append(f"{n_asked - n_answered} questions longer than {model.config.max_seq_len} tokens left out")
     if notes:
         said.append(f"{sum(notes.values())} broken rows left out")
     page = report("; ".join(said), [*notes, *dev_notes], scored)
@@ -305,9 +309,9 @@ def main():
                                                      for what in ("by", "shots", *LETTERS)), "question"])
         for subject, questions in subjects.items():
             for q in questions:                               # no prediction where a question is too long
-                cells = [cell for f in FIGURES for cell in
-                         ([choice(q, f), q[f][1], *(f"{x:.5f}" for x in q[f][0])] if q[f] else [""] * 6)]
-                writer.writerow([subject, q["id"], q["answer"], *cells, q["question"]])
+                by_letter, by_text = ([choice(q, figure), q[figure][1], *(f"{x:.5f}" for x in q[figure][0])]
+                                      if q[figure] else [""] * 6 for figure in FIGURES)
+                writer.writerow([subject, q["id"], q["answer"], *by_letter, *by_text, q["question"]])
     print(f"{page}\n{files}.md, {files}.csv")
 
 

@@ -451,8 +451,8 @@ def score(model, prefix, prompts, answers, batch_size):
     device, size = model.norm.weight.device, model.config.max_seq_len
     for prompt, choices in zip(prompts, answers, strict=True):
         if not prompt or not all(choices) or len(prompt) + max(map(len, choices)) > size + 1:
-            raise ValueError(f"a prompt of {len(prompt)} tokens with answers of {list(map(len, choices))}; each needs at "
-                             f"least 1, both together at most max_seq_len + 1 ({size + 1})")
+            raise ValueError(f"a prompt of {len(prompt)} tokens with answers of {list(map(len, choices))}; each needs "
+                             f"at least 1, both together at most max_seq_len + 1 ({size + 1})")
     prefix = prefix[:max(n_shared(prefix, prompt) for prompt in prompts)] if prompts else []
     known = empty_caches(model, 1, len(prefix))
     if prefix:
