@@ -189,6 +189,7 @@ class Model(nn.Module):
         h = self.embedding(x)                                                                # (B, T, C)
         if torch.is_autocast_enabled(h.device.type):           # the residual stream, too, in the dtype of the products
             h = h.to(torch.get_autocast_dtype(h.device.type))
+        rope = rope.to(h.dtype)
         for i, block in enumerate(self.blocks):                # compiled or not: for the one shape of training only
             run = block if torch.is_grad_enabled() else block.forward
             h = run(h, rope, mask, caches[i] if caches else None)
@@ -237,7 +238,7 @@ def scaled(frequency, factor, low_freq_factor, high_freq_factor, original_max_po
 
 def rotate(x, rope):
     """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, heads, D), rope (2, [B,] T, 1, D)."""
-    cos, sin = rope.to(x.dtype)
+    cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
