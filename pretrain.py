@@ -5,7 +5,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 pretrain.py       first of two machines
 
 Writes to out_dir: last.pt (everything that --resume needs), best.pt (the weights with the lowest validation loss),
-log.csv (one row a step) and curve.png.
+log.csv (one row a step), run.json (its speed) and curve.png.
 """
 import math
 from contextlib import nullcontext
@@ -149,7 +149,7 @@ def main():
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
     saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
-    runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
+    said = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
     log = runtime.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
@@ -217,6 +217,7 @@ def main():
         if evaluating or asked or (save_interval and step % save_interval == 0):
             save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
                  skipped=skipped)
+            meter.save(f"{out_dir}/run.json", said)
         if asked:
             process.print(f"stopped after step {step}, saved in {out_dir}/last.pt; --resume goes on")
             break

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -242,19 +243,34 @@ def parallel(model, process):
                                    broadcast_buffers=False)         # the rotary table is the same everywhere
 
 
+def hardware(device):
+    """What computes, in words: the graphics card's name, or the processor's and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            name = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), name)
+    return f"{name}, threads: {torch.get_num_threads()}"
+
+
 def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
-    """Say before the first step what the run is and what it will cost; T: tokens of a row."""
+    """Say before the first step what the run, of rows of T tokens, is and what it will cost; returns {what: sentence}."""
     tokens, a_round = steps * batch_rows * T, min(micro_batch, math.ceil(batch_rows / process.world_size))
     memory = model.bytes_to_train(a_round * T, 4 if dtype == "float32" else 2)
     flops, rate = model.flops_per_token(T), matmul_rate(process.device, dtype)
     seconds, rate = tokens * flops / (0.35 * rate * process.world_size), f"{process.world_size} x {rate:.3g} FLOP/s"
-    process.print(f"""\
-device      {process.world_size} x {process.device.type}, products in {dtype}
-parameters  {model.n_params():,}, of which {model.embedding.weight.numel():,} embed the tokens
-step        {batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {a_round} at a time in each process
-training    {steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} epochs of {n_rows:,} rows
-memory      about {memory / 2**30:.1f} GiB a process: weights, gradients, moments, activations of {a_round} rows, logits
-time        about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {rate} measured)""")
+    said = {
+        "device": f"{process.world_size} x {process.device.type} ({hardware(process.device)}), products in {dtype}",
+        "parameters": f"{model.n_params():,}, of which {model.embedding.weight.numel():,} embed the tokens",
+        "step": f"{batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {a_round} at a time in each process",
+        "training": f"{steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} epochs of {n_rows:,} rows",
+        "memory": f"about {memory / 2**30:.1f} GiB a process: weights, gradients, moments, activations of {a_round} rows, "
+                  "logits",
+        "time": f"about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / (35 % of {rate} measured)",
+    }
+    process.print("\n".join(f"{what:<11} {sentence}" for what, sentence in said.items()))
+    return said
 
 
 def to_device(array, device):
@@ -447,16 +463,20 @@ def refuse_to_save_nan(model, step, out_dir):
 
 
 class Meter:
-    """The progress bar, and a printed line every few steps with the speed since the last one."""
+    """The progress bar, a printed line every few steps with the speed since the last one, and the speed of it all."""
 
     def __init__(self, start, max_steps, process):
-        self.max_steps, self.process = max_steps, process
+        self.start, self.max_steps, self.process = start, max_steps, process
         self.bar = tqdm(total=max_steps, initial=start, unit="step", disable=None if process.is_main else True)
-        self.clock, self.last = time.perf_counter(), start
+        self.began = self.clock = time.perf_counter()
+        self.last, self.step_1 = start, 0.0
 
     def step(self, row, skipped, interval):
         """Count a step, whose row for the log this is; say how it goes at every interval-th."""
         self.bar.update()
+        self.now = row
+        if row["step"] == self.start + 1:      # it compiled, perhaps: the speed of all is measured from here on
+            self.step_1 = time.perf_counter()
         if row["step"] % interval and row["step"] != self.max_steps:
             return
         steps_per_s = (row["step"] - self.last) / (time.perf_counter() - self.clock)
@@ -471,10 +491,33 @@ class Meter:
         """Validation does not count in the speed of training."""
         began = time.perf_counter()
         yield
-        self.clock += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.clock, self.step_1 = self.clock + seconds, self.step_1 + seconds
+
+    def save(self, path, said):
+        """Note in run.json how long the run took so far, session by session: log.csv holds no times, it is to be the
+        same after resuming. said: what announce() returned.
+        """
+        if self.process.is_main:
+            step, now = self.now["step"], time.perf_counter()
+            session = {"from_step": self.start, "to_step": step, "seconds": now - self.began,
+                       "timed_tokens": self.now["tokens"] // step * (step - self.start - 1),
+                       "timed_seconds": now - self.step_1, "date": time.strftime("%Y-%m-%d"),
+                       "torch": torch.__version__, **said}
+            with config.whole_file(path) as f:
+                json.dump([*read_run(path, self.start), session], f, indent=1)
 
     def close(self):
         self.bar.close()
+
+
+def read_run(path, last_step=math.inf):
+    """The sessions in a run.json that ended at last_step or before; none if there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [session for session in json.load(f) if session["to_step"] <= last_step]
+    except (OSError, ValueError, TypeError, KeyError):                  # no reason to end a run that trains well
+        return []
 
 
 class Log:
