@@ -59,8 +59,10 @@ def records(path, cut="line", progress=None):
 
 def is_deeper(value, depth):
     """Whether lists and objects stand in one another more than `depth` times."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return parts is not None and (depth == 0 or any(is_deeper(part, depth - 1) for part in parts))
+    if not isinstance(value, (dict, list)):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(map(is_deeper, parts, itertools.repeat(depth - 1)))
 
 
 def reader(raw, cut, problems):
@@ -288,8 +290,8 @@ def corpus(table, name, what, get, cut="line"):
 
 def field(record, *names):
     """The text of the first of these fields that holds any; raises Bad if none does."""
-    for value in (optional(record, name) for name in names):
-        if value:
+    for name in names:
+        if value := optional(record, name):
             return value
     raise Bad(f"no {names[0]}")
 
@@ -526,6 +528,7 @@ EMAIL = r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}"
 PHONE = r"[+(（]?\d[\d()（）\-－—~/转 ]{4,30}\d"
 LABEL = ("(?:电话|热线|手机|传真|邮箱|邮编|网址|官网|链接|微信|公众号|QQ|qq|Tel|tel|TEL|Fax|fax|FAX|E-mail|E-Mail|Email|email|e-mail"
          "|via)群?号?码?")
+LABELLED = re.compile(rf"{LABEL}\s*[:：]")
 CONTACT = rf"[\u4e00-\u9fff]{{0,6}}{LABEL}\s*[:：]\s*(?:{EMAIL}|{URL}|{PHONE}|[A-Za-z][\w-]{{4,19}}(?=\s*$))"
 ENDS = r"(?=\s*(?:$|[，,、。；;|）)】]))"                             # an ordinary sentence would go on behind it
 
@@ -535,7 +538,7 @@ WEB = (
     ("HTML entities", None, re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8}\d?);"),
      lambda match: html.unescape(match[0])),
     *NORMAL,
-    ("contacts: 电话：010-62345678, QQ群：123456", re.compile(rf"{LABEL}\s*[:：]"),
+    ("contacts: 电话：010-62345678, QQ群：123456", LABELLED,
      re.compile(rf"[（(【]\s*{CONTACT}(?:\s*[，,、；;|]?\s*{CONTACT})*\s*[）)】]"
                 rf"|(?:^|[，,、；;|]|(?<=[。！？\s]))[ \t]*{CONTACT}{ENDS}", re.M), ""),
     ("lines of nothing but an address", re.compile(r"@|http|www\."),
@@ -550,9 +553,21 @@ WEB = (
 )
 
 
+# Most texts hold nothing that a rule looks for, and a few quick looks spare them the rules: characters that rules begin
+# with and prose has no use for, marks in a row, blanks at the end of a line, addresses.
+ODD = re.compile(NORMAL[2][2].pattern[:-1] + "\r\t\u2028\u2029<&@]")
+RUN = re.compile(r"([！!？?。，、；~～…—.·\n])\1\1")
+
+
+def is_suspicious(text):
+    """Whether some rule might change the text."""
+    return (ODD.search(text) or RUN.search(text) or " \n" in text or "http" in text or "www." in text
+            or (":" in text or "：" in text) and LABELLED.search(text))
+
+
 def apply(rules, text):
     """The text after all rules, in Unicode's composed form. Not NFKC, which would turn ， into a comma and ² into 2."""
-    for _, hint, pattern, replacement in rules:
+    for _, hint, pattern, replacement in rules if is_suspicious(text) else ():
         if hint is None or hint.search(text):
             text = pattern.sub(replacement, text)
     return (text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)).strip()
@@ -584,23 +599,34 @@ FIRST_BYTES = bytes([*range(65, 91), *range(97, 123), *range(0xC3, 0xE0), *range
 
 
 def quality(text):
-    """The reason to drop a cleaned text, None to keep it."""
+    """The reason to drop a cleaned text, None to keep it. What its first part shows is enough for most texts."""
+    part = text[:len(text) * 5 // 8]
     if len(text) < MIN_CHARS:
         return "too short"
-    raw = text.encode("utf-8")
-    if len(raw) - len(raw.translate(None, FIRST_BYTES)) < MIN_LETTERS * len(text):
+    if n_letters(part) < MIN_LETTERS * len(text) and n_letters(text) < MIN_LETTERS * len(text):
         return "too little Chinese or letters"
     if text.count("\ufffd") > MAX_BROKEN * len(text):
         return "broken characters"
-    beginning = text[:200]
-    if len(set(beginning)) < 4 + len(beginning) / 20:
+    different = 4 + min(200, len(text)) / 20
+    if len(set(text[:32])) < different and len(set(text[:200])) < different:
         return "too few different characters"
+    *whole, _ = clauses(part)                                      # the last one may go on behind the part
+    if sum(map(len, set(whole))) < (1 - MAX_REPEATED) * (len(text) - len(whole)):      # each has a mark behind it
+        every = clauses(text)
+        if len(every) >= 8 and sum(map(len, set(every))) < (1 - MAX_REPEATED) * sum(map(len, every)):
+            return "too much repetition"
+    return None
+
+
+def n_letters(text):
+    raw = text.encode("utf-8")
+    return len(raw) - len(raw.translate(None, FIRST_BYTES))
+
+
+def clauses(text):
     for mark in "，！？；\n .,":                                     # several times as fast as re.split
         text = text.replace(mark, "。")
-    clauses = text.split("。")
-    if len(clauses) >= 8 and sum(map(len, set(clauses))) < (1 - MAX_REPEATED) * sum(map(len, clauses)):
-        return "too much repetition"
-    return None
+    return text.split("。")
 
 
 # ---- all together ---------------------------------------------------------------------------------------------------

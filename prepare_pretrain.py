@@ -41,7 +41,7 @@ seed           = 1337                             # of the shuffle and the hash 
 workers        = 0                                # processes that clean and encode; 0 = one per core
 constants = config.override(globals())
 
-BATCH_CHARS = 1 << 19      # characters of raw records that a worker gets at a time
+BATCH_CHARS = 1 << 17      # characters of raw records that a worker gets at a time: their shingles fit its cache
 PIECE_CHARS = 1 << 20      # a longer document is encoded in pieces, cut behind a line: encoders need memory by length
 GATHER_TOKENS = 1 << 26    # tokens of the shuffled bin that are in memory at a time (128 MB)
 # what is kept in memory of every document

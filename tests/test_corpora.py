@@ -3,10 +3,13 @@ import gzip
 import itertools
 import json
 import random
+import re
+import unicodedata
 
 import pytest
 
 import corpora
+from conftest import story
 from corpora import CHAT, TEXT, Bad, clean, documents, dialogues, normalise, quality, records
 
 DOCS = [{"text": f"第{i}篇：春天来了，小河边的柳树发芽了。"} for i in range(7)]
@@ -87,17 +90,21 @@ def test_an_array_goes_on_after_a_broken_element(tmp_path, indent, damage, posit
     assert kept == DOCS and set(reasons) == {"broken JSON"}
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
 @pytest.mark.parametrize("form", ["lines", "array", "array, pretty-printed"])
-def test_truncated_gzip_is_used_as_far_as_it_goes_and_counted(tmp_path, form):
+def test_truncated_archives_are_used_as_far_as_they_go_and_counted(tmp_path, form, suffix):
+    compress = gzip.compress
+    if suffix == "zst":                                                    # zstd's command writes a checksum, too
+        compress = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress
     rng = random.Random(3)
     docs = [{"text": "".join(map(chr, rng.choices(range(0x4E00, 0x9FA5), k=99)))} for _ in range(9000)]
     data = "\n".join(map(dump, docs)) if form == "lines" else dump(docs, indent=None if form == "array" else 1)
-    packed = gzip.compress(data.encode("utf-8"))
-    kept, reasons = read(write(tmp_path / "a.json.gz", packed[:len(packed) // 2]))
+    packed = compress(data.encode("utf-8"))
+    kept, reasons = read(write(tmp_path / f"a.json.{suffix}", packed[:len(packed) // 2]))
     assert len(docs) // 4 < len(kept) < len(docs) and kept == docs[:len(kept)]
     assert sorted(reasons) == ["broken JSON", "truncated compression"]
     noise = packed[:len(packed) // 2] + bytes(1000) + packed[len(packed) // 2 + 1000:]
-    kept, reasons = read(write(tmp_path / "b.json.gz", noise))
+    kept, reasons = read(write(tmp_path / f"b.json.{suffix}", noise))
     assert kept[:99] == docs[:99] and "broken compression" in reasons
 
 
@@ -321,6 +328,42 @@ def test_rules_take_linear_time():
 ])
 def test_quality(text, reason):
     assert quality(text) == reason
+
+
+def fragments(rng):
+    """A text of ordinary clauses and of what rules and thresholds look at, more or less of it, perhaps repeated."""
+    dirt = ["<p>", "</div>", "<br>", "&amp;", "\r", "\x85", "\u2028", "　", "\u200b", "\0", "１２ａ", "\xa0", "\t\n", " \n", "\n\n\n",
+            "电话：010-62345678", "，QQ群:123456789。", "\nwww.abc.com\n", "\nhttps://x.y/\n", "a@b.com", "!!!!", "。。。。", "～～～～",
+            "……………", "————", "........", "········", "\ufffd", "e\u0301", "12345", "☆☆☆"]
+    clauses = [story(rng, 1) for _ in range(rng.choice([1, 3, 30]))]
+    parts = rng.choices(clauses, k=rng.choice([1, 4, 9, 30])) + rng.choices(dirt, k=rng.choice([0, 0, 1, 5, 30]))
+    rng.shuffle(parts)
+    return "".join(parts)[:rng.choice([11, 12, 40, 999])]
+
+
+def test_the_quick_looks_change_nothing():
+    rng, reasons = random.Random(4), set()
+    for _ in range(3000):
+        dirty = fragments(rng)
+        for rules in corpora.NORMAL, corpora.WEB:
+            expected = dirty
+            for _, _, pattern, replacement in rules:
+                hint = next(h for _, h, p, _ in rules if p is pattern)
+                if hint is None or hint.search(expected):
+                    expected = pattern.sub(replacement, expected)
+            assert corpora.apply(rules, dirty) == unicodedata.normalize("NFC", expected).strip(), repr(dirty)
+        text = clean(dirty)
+        clauses = re.split("[，！？；\n .,。]", text)
+        letters = sum(map(len, re.findall("[^\\W\\d_]", text)))
+        expected = (
+            "too short" if len(text) < 12 else
+            "too little Chinese or letters" if letters < 0.4 * len(text) else
+            "broken characters" if text.count("\ufffd") > 0.001 * len(text) else
+            "too few different characters" if len(set(text[:200])) < 4 + len(text[:200]) / 20 else
+            "too much repetition" if len(clauses) > 7 and len("".join(set(clauses))) < 0.4 * len("".join(clauses)) else None)
+        assert quality(text) == expected, repr(text)
+        reasons.add(expected)
+    assert len(reasons) == 6
 
 
 # ---- specs ----------------------------------------------------------------------------------------------------------
