@@ -17,10 +17,17 @@ import hashlib
 import html
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import signal
+import threading
 import unicodedata
 import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 BLOCK = 1 << 20            # bytes that are read at a time
@@ -701,6 +708,52 @@ def each(spec, table, read):
                     yield corpus, read(name, record)
                 except Bad as bad:
                     yield corpus, bad
+
+
+# ---- worker processes -----------------------------------------------------------------------------------------------
+
+def in_order(function, items, n_workers, begin, *arguments):
+    """Yield function(item) of every item, in order, worked out by processes that have called begin(*arguments) first.
+
+    A few items are under way at a time: the reading does not run away from the workers. One worker is this process
+    itself. Raises SystemExit if a worker dies.
+    """
+    if n_workers == 1:
+        begin(*arguments)
+        yield from map(function, items)
+        return
+    context, waiting = multiprocessing.get_context("spawn"), deque()       # the same everywhere, and safe beside threads
+    pool = ProcessPoolExecutor(n_workers, context, start_worker, (begin, arguments))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * n_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise SystemExit("a worker process died, most likely for want of memory; try a smaller --workers "
+                         f"(it was {n_workers})") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker(begin, arguments):
+    """What a worker does first: leave Ctrl-C to the main process, but end when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main_process = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
+    begin(*arguments)
+
+
+@contextmanager
+def interruptible(folder):
+    """Let SIGTERM clean up on its way out, as Ctrl-C does, and both end in one sentence."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; what {folder} held before is untouched, run the same command again") from None
 
 
 if __name__ == "__main__":

@@ -11,21 +11,16 @@ import errno
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
-import signal
 import struct
-import threading
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import closing, contextmanager
 
 import numpy as np
 from tqdm import tqdm
 
 import config
-from corpora import TEXT, Bad, document, records, sources
+from corpora import TEXT, Bad, document, in_order, interruptible, records, sources
 from tokenizer import load
 
 corpora        = "text:data/demo/stories.jsonl"   # name:path,name:path: files, folders, patterns; see python corpora.py
@@ -50,12 +45,9 @@ DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("cor
 
 # ---- in the workers: records -> token ids, signatures ---------------------------------------------------------------
 
-def start_worker(tokenizer, settings):
-    """What a worker does once: leave Ctrl-C to the main process, but end when that is killed; load the tokenizer."""
+def begin(tokenizer, settings):
+    """What a worker needs for all batches."""
     global worker_tokenizer, worker_settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main_process = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     worker_tokenizer, worker_settings = load(tokenizer), settings
 
 
@@ -152,37 +144,18 @@ def n_chars(record):
     return sum(map(n_chars, parts))
 
 
-def in_order(pool, function, items, ahead):
-    """function(item) of every item, in order, computed by the pool; no more than `ahead` items wait at a time."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def collect(found, tokenizer, settings, n_workers, ids_file, signature_file):
     """Run all records through the workers and write what they make: (documents, {(corpus number, reason): dropped})."""
     total = sum(os.path.getsize(path) for _, _, files in found for path in files)
     documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
-    context = multiprocessing.get_context("spawn")                 # the same everywhere, and safe beside threads
-    pool = ProcessPoolExecutor(n_workers, context, start_worker, (tokenizer, settings))
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="clean and encode", disable=None) as bar:
-            for result in in_order(pool, encode_batch, batches(found, bar.update), 2 * n_workers + 1):
-                ids, new, minima, reasons = result
-                ids_file.write(ids)
-                if settings:
-                    signature_file.write(minima)
-                documents.append(new)
-                dropped.update(reasons)
-    except BrokenProcessPool:
-        raise SystemExit("a worker process died, most likely for want of memory; try a smaller --workers "
-                         f"(it was {n_workers})") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="clean and encode", disable=None) as bar, \
+            closing(in_order(encode_batch, batches(found, bar.update), n_workers, begin, tokenizer, settings)) as results:
+        for ids, new, minima, reasons in results:
+            ids_file.write(ids)
+            if settings:
+                signature_file.write(minima)
+            documents.append(new)
+            dropped.update(reasons)
     return np.concatenate(documents), dropped
 
 
@@ -373,8 +346,5 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: both clean up on their way out
-    try:
+    with interruptible(data_dir):
         main()
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; what {data_dir} held before is untouched, run the same command again") from None

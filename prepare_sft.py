@@ -17,15 +17,10 @@ The same input and constants give the same bytes, whatever the number of workers
 """
 import itertools
 import json
-import multiprocessing
 import os
 import random
-import signal
 import sys
-import threading
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, defaultdict
 from contextlib import ExitStack, closing
 
 import numpy as np
@@ -61,13 +56,9 @@ SPLITS = {"train": ("bin", "mask", "idx"), "val": ("bin", "mask", "idx"), "test"
 
 # ---- one record, in a worker ------------------------------------------------------------------------------------
 
-def start_worker():
-    """What a worker does once: leave Ctrl-C to the main process, but end when that is killed; load the tokenizer."""
+def begin():
+    """What a worker needs for all batches."""
     global tok
-    if main_process := multiprocessing.parent_process():           # there is none with --workers=1
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)              # where workers are forked, they have that of main
-        threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     tok = tokenizers.load(tokenizer)
 
 
@@ -157,19 +148,9 @@ def batches():
 
 def results(n_workers):
     """Yield (corpus, example or reason) for every record in the order of the files, made by n_workers processes."""
-    if n_workers == 1:
-        start_worker()
-        for batch in batches():
-            yield from examples(batch)
-        return
-    waiting = deque()
-    with ProcessPoolExecutor(n_workers, initializer=start_worker) as pool:
-        for batch in batches():
-            waiting.append(pool.submit(examples, batch))
-            if len(waiting) > 4 * n_workers:                       # the reader must not run away from the workers
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+    with closing(corpus_reader.in_order(examples, batches(), n_workers, begin)) as found:
+        for batch in found:
+            yield from batch
 
 
 def write(files, results):
@@ -268,11 +249,8 @@ def main():
         meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
         files = {(split, kind): stack.enter_context(config.whole_file(f"{data_dir}/{split}.{kind}", "wb"))
                  for split, kinds in SPLITS.items() for kind in kinds}
-        try:
-            with closing(results(workers or os.cpu_count())) as found:
-                splits, by_corpus = write(files, found)
-        except BrokenProcessPool:
-            raise SystemExit("a worker process died, most likely for want of memory; try --workers=1") from None
+        with closing(results(workers or os.cpu_count())) as found:
+            splits, by_corpus = write(files, found)
         if not splits["train"]["examples"]:
             reasons = sum((figures["dropped"] for figures in by_corpus.values()), Counter())
             raise SystemExit(f"{corpora}: no dialogue is left to train on; records dropped: {dict(reasons)}")
@@ -288,8 +266,5 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: both clean up on their way out
-    try:
+    with corpus_reader.interruptible(data_dir):
         main()
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; what {data_dir} held before is untouched, run the same command again") from None

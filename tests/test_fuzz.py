@@ -385,9 +385,9 @@ def prepared_to_pretrain(rng, folder, toks):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()), \
             contextlib.redirect_stderr(io.StringIO()):
         for name, value in dict(corpora=spec, tokenizer=toks[0].name, data_dir=str(folder / "bins"), val_fraction=0.3,
-                                dedup=rng.random() < 0.7, workers=1, ProcessPoolExecutor=Pool, BATCH_CHARS=999,
-                                worker_tokenizer=toks[0]).items():
+                                dedup=rng.random() < 0.7, workers=2, BATCH_CHARS=999, worker_tokenizer=toks[0]).items():
             patch.setattr(prepare_pretrain, name, value, raising=False)
+        patch.setattr(corpora, "ProcessPoolExecutor", Pool)
         settings = dict(shingle=5, n_permutations=256, seed=1) if prepare_pretrain.dedup else None
         patch.setattr(prepare_pretrain, "worker_settings", settings, raising=False)
         prepare_pretrain.main()
