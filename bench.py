@@ -298,14 +298,10 @@ def measured(part):
 
 def machine():
     """What the figures belong to."""
-    cpu, where = platform.processor(), runtime.start(device).device
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            cpu = next((line.partition(":")[2].strip() for line in f if line.startswith("model name")), cpu)
-    return {"device": torch.cuda.get_device_name() if where.type == "cuda" else where.type,
-            "dtype": runtime.precision(where, dtype)[0], "cpu": cpu or platform.machine(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "system": platform.system(), "python": platform.python_version(),
-            "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    where = runtime.start(device).device
+    return {"device": runtime.hardware(where), "cores": os.cpu_count(), "dtype": runtime.precision(where, dtype)[0],
+            "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__,
+            "date": datetime.date.today().isoformat()}
 
 
 def number(x):
