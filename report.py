@@ -98,6 +98,8 @@ def main():
     link = lambda path: os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
     for folder in folders:
         saved = runtime.load_checkpoint(f"{folder}/best.pt")
+        if not {"val_bpb", "constants"} <= saved.keys():
+            raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there is nothing to report")
         tok = tokenizers.load(saved["tokenizer"])
         if tok.sha256 != saved["tokenizer_sha256"]:
             raise SystemExit(f"{folder}/best.pt was trained with {tok.name} as it was then, which is not that of now")
@@ -112,7 +114,7 @@ def main():
                 scores.append(f"{summary} ([{os.path.basename(path)}]({link(path)}))")
         lines += ["", f"## {'Fine-tuning' if is_sft else 'Pretraining'}", *figures(folder, saved, model.n_params())]
         if os.path.exists(f"{folder}/curve.png"):
-            lines += [f"![loss over steps]({link(f'{folder}/curve.png')})", ""]
+            lines.append(f"![loss over steps]({link(f'{folder}/curve.png')})")
         constants = shlex.join(f"--{name}={value}" for name, value in saved["constants"].items())
         lines += [*data(saved, tok), *samples(model, saved, tok, where), f"    python {saved['stage']}.py {constants}"]
     with config.whole_file(page) as f:
