@@ -66,10 +66,12 @@ def records(path, cut="line", progress=None):
 
 def is_deeper(value, depth):
     """Whether lists and objects stand in one another more than `depth` times."""
-    if not isinstance(value, (dict, list)):
-        return False
-    parts = value.values() if isinstance(value, dict) else value
-    return depth == 0 or any(map(is_deeper, parts, itertools.repeat(depth - 1)))
+    if not isinstance(value, (dict, list)) or depth == 0:
+        return isinstance(value, (dict, list))
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, (dict, list)) and is_deeper(part, depth - 1):      # most parts are strings: no call for them
+            return True
+    return False
 
 
 def reader(raw, cut, problems):
@@ -135,7 +137,7 @@ def lines(data, problems):
 
 def json_records(first, data, problems):
     """Yield the values of JSONL, of a JSON array, or of JSON objects one behind another, pretty-printed or not."""
-    line, decode = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).decode
+    line, scan = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).raw_decode
     try:
         per_line = isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -145,10 +147,12 @@ def json_records(first, data, problems):
         return
     for line in lines(data, problems):
         if not line.isspace() and line:
+            text = line.decode("utf-8", "replace").strip(" \t\r\n")
             try:
-                yield decode(line.decode("utf-8", "replace"))
+                value, end = scan(text)
             except (ValueError, RecursionError):
-                yield Bad("broken JSON")
+                value, end = None, -1
+            yield value if end == len(text) else Bad("broken JSON")
 
 
 def json_stream(data):
@@ -615,12 +619,13 @@ def quality(text):
     if text.count("\ufffd") > MAX_BROKEN * len(text):
         return "broken characters"
     different = 4 + min(200, len(text)) / 20
-    if len(set(text[:32])) < different and len(set(text[:200])) < different:
+    if len(set(text[:24])) < different and len(set(text[:200])) < different:
         return "too few different characters"
-    *whole, _ = clauses(part)                                      # the last one may go on behind the part
-    if sum(map(len, set(whole))) < (1 - MAX_REPEATED) * (len(text) - len(whole)):      # each has a mark behind it
+    whole = clauses(part)
+    whole.pop()                                                    # the last one may go on behind the part
+    if len("".join(set(whole))) < (1 - MAX_REPEATED) * (len(text) - len(whole)):      # each has a mark behind it
         every = clauses(text)
-        if len(every) >= 8 and sum(map(len, set(every))) < (1 - MAX_REPEATED) * sum(map(len, every)):
+        if len(every) >= 8 and len("".join(set(every))) < (1 - MAX_REPEATED) * sum(map(len, every)):
             return "too much repetition"
     return None
 
