@@ -287,16 +287,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if with_gradient else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        for at in range(0, len(h), rows):
-            hs, ys = h[at:at + rows], y[at:at + rows, None]
+        rows = min(rows, len(h))               # every chunk takes the place of the one before: fresh memory is slow
+        logits, logp = h.new_empty(rows, len(weight)), h.new_empty(rows, len(weight), dtype=torch.float32)
+        for hs, ys, dhs in zip(h.split(rows), y[:, None].split(rows), (h if dh is None else dh).split(rows)):
             counts = ys != IGNORE                                                            # (rows, 1)
             target = ys.clamp(min=0)
-            logp = (hs @ weight.T).log_softmax(-1, dtype=torch.float32)                      # (rows, V)
+            logits, logp = logits[:len(hs)], logp[:len(hs)]                                  # (rows, V)
+            torch.log_softmax(torch.mm(hs, weight.T, out=logits), -1, dtype=torch.float32, out=logp)
             nats -= (logp.gather(1, target) * counts).sum()
             if with_gradient:                  # d nats / d logits = softmax - onehot(target), 0 where none counts
-                d = logp.exp_().scatter_add_(1, target, torch.full_like(logp[:, :1], -1.0)).mul_(counts).to(h.dtype)
-                dh[at:at + rows] = d @ weight
-                dw += d.T @ hs
+                d = logp.exp_().scatter_add_(1, target, torch.full_like(logp[:, :1], -1.0)).mul_(counts)
+                d = logits.copy_(d)
+                torch.mm(d, weight, out=dhs)
+                for part, columns in zip(dw.split(4096), d.split(4096, dim=1)):              # a sum that stays in cache
+                    part += columns.T @ hs
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
         return nats
@@ -304,7 +308,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         dh, dw = ctx.saved_tensors
-        return dh * scale.to(dh.dtype), (dw * scale).to(ctx.weight_dtype), None, None, None
+        return dh * scale.to(dh.dtype), dw.mul_(scale).to(ctx.weight_dtype), None, None, None
 
 
 def summed_cross_entropy(h, weight, y):
@@ -316,7 +320,7 @@ def summed_cross_entropy(h, weight, y):
 
 
 def loss_rows(device):
-    """Rows of logits at a time: a CPU wants them in its cache, a GPU wants work."""
+    """Rows of logits at a time: a CPU wants few, near its cache, a GPU wants work."""
     return 256 if device.type == "cpu" else 4096
 
 
