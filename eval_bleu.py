@@ -123,7 +123,7 @@ def main():
     pairs = read_questions()
     where = runtime.start(device).device
     kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
+    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval().join()
     prompts = [tok.prompt(messages) for messages, _ in pairs]
     fits = [i for i, ids in enumerate(prompts) if len(ids) < model.config.max_seq_len]
     if not fits:

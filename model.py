@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 IGNORE = -100                                  # a target that the loss does not count
+MUON_BATCH = 2**22                             # numbers in the matrices that Muon treats at a time; its memory grows with it
 
 
 @dataclass
@@ -85,6 +86,18 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def joined(parts):
+    """A Linear that computes what all parts do, whose weights become views of its own: one large product is faster than
+    a few small ones."""
+    sizes, joint = [part.out_features for part in parts], Linear(1, 1, bias=parts[0].bias is not None)
+    for name, _ in list(joint.named_parameters()):
+        whole = torch.cat([getattr(part, name).detach() for part in parts])
+        setattr(joint, name, nn.Parameter(whole))
+        for part, own in zip(parts, whole.split(sizes)):
+            setattr(part, name, nn.Parameter(own))
+    return joint
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -94,14 +107,18 @@ class Attention(nn.Module):
         self.wk = Linear(C, K * D, bias=config.qkv_bias)
         self.wv = Linear(C, K * D, bias=config.qkv_bias)
         self.wo = Linear(H * D, C, bias=False)
+        self.joint = None                      # wq, wk and wv as one, see Model.join()
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache=None):
         B, T, C = x.shape
-        q = rotate(self.q_norm(self.wq(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, H, D)
-        k = rotate(self.k_norm(self.wk(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, K, D)
-        v = self.wv(x).view(B, T, -1, self.head_dim)                                         # (B, T, K, D)
+        parts = self.wq, self.wk, self.wv
+        q, k, v = (w(x) for w in parts) if self.joint is None else \
+            self.joint(x).split([w.out_features for w in parts], dim=-1)
+        q = rotate(self.q_norm(q.view(B, T, -1, self.head_dim)), rope)                       # (B, T, H, D)
+        k = rotate(self.k_norm(k.view(B, T, -1, self.head_dim)), rope)                       # (B, T, K, D)
+        v = v.view(B, T, -1, self.head_dim)                                                  # (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)                                                        # (B, S + T, K, D)
         return self.wo(attend(q, k, v, mask).reshape(B, T, -1))                              # (B, T, C)
@@ -115,9 +132,11 @@ class FeedForward(nn.Module):
         self.w1 = Linear(config.dim, config.hidden_dim, bias=False)
         self.w3 = Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = Linear(config.hidden_dim, config.dim, bias=False)
+        self.joint = None                      # w1 and w3 as one, see Model.join()
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = (self.w1(x), self.w3(x)) if self.joint is None else self.joint(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -169,6 +188,13 @@ class Model(nn.Module):
         if model.config.tie_embeddings:
             model.head.weight = model.embedding.weight
         return model
+
+    def join(self):
+        """For generation only: matrices that share their input become one, in place. Returns the model."""
+        for block in self.blocks:
+            block.attention.joint = joined([block.attention.wq, block.attention.wk, block.attention.wv])
+            block.ffn.joint = joined([block.ffn.w1, block.ffn.w3])
+        return self
 
     def forward(self, x, y=None, cu_seqlens=None):
         """Logits, or with targets their loss.
@@ -513,13 +539,18 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                grads = [p.grad for p in params]
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = orthogonalize(torch.stack(nesterov).to(self.dtype)).to(params[0].dtype)     # (n, rows, columns)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                n = max(1, MUON_BATCH // shape.numel())
+                for some in (params[i:i + n] for i in range(0, len(params), n)):
+                    self.update(some, group, 0.2 * math.sqrt(max(shape)))
+
+    def update(self, params, group, scale):
+        grads = [p.grad for p in params]
+        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)
+        update = orthogonalize(nesterov).to(params[0].dtype)            # (n, rows, columns)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(g):

@@ -83,7 +83,7 @@ def main():
         raise SystemExit(f"{checkpoint} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
     where = runtime.start(device).device
     kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
+    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval().join()
     generator = torch.Generator(where)
     generator.manual_seed(seed) if seed else generator.seed()
     text = prompt

@@ -212,6 +212,18 @@ def test_greedy_generation_is_that_without_a_cache_alone_and_in_a_batch(options)
     assert answers(model, PROMPTS, 30, pad_id=17) == expected            # what pads is not seen
 
 
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True)])
+def test_joined_matrices_generate_the_same_and_are_not_there_twice(options):
+    model = tiny(**options)
+    logits, expected = model(rows(2, 9)), answers(model, PROMPTS, 30)
+    torch.testing.assert_close(model.join()(rows(2, 9)), logits)
+    assert answers(model, PROMPTS, 30) == expected
+    for block in model.blocks:
+        for part in (block.attention.wq, block.attention.wk, block.attention.wv):
+            part.weight.data.zero_()
+        assert not block.attention.joint.weight.any()
+
+
 def test_a_stop_id_ends_its_own_sequence_only_and_is_the_last_token():
     model = tiny(qk_norm=True)
     free = [greedy(model, prompt, 20) for prompt in PROMPTS]
@@ -316,7 +328,9 @@ def naive_muon(p, gradients, lr, momentum, weight_decay):
     return p
 
 
-def test_muon_is_the_naive_one_on_each_matrix():
+@pytest.mark.parametrize("batch", [2**22, 330, 1])       # numbers: all matrices of a shape, two of 8 x 20, one
+def test_muon_is_the_naive_one_on_each_matrix(monkeypatch, batch):
+    monkeypatch.setattr(models, "MUON_BATCH", batch)
     random = torch.Generator().manual_seed(6)
     start = [torch.randn(shape, generator=random) for shape in ((8, 20), (20, 8), (8, 20), (12, 12), (20, 8))]
     gradients = [[torch.randn(p.shape, generator=random) for _ in range(4)] for p in start]
