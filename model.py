@@ -319,7 +319,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             counts = ys != IGNORE                                                            # (rows, 1)
             target = ys.clamp(min=0)
             logits, logp = logits[:len(hs)], logp[:len(hs)]                                  # (rows, V)
-            torch.log_softmax(torch.mm(hs, weight.T, out=logits), -1, dtype=torch.float32, out=logp)
+            torch.log_softmax(logp.copy_(torch.mm(hs, weight.T, out=logits)), -1, out=logp)
             nats -= (logp.gather(1, target) * counts).sum()
             if with_gradient:                  # d nats / d logits = softmax - onehot(target), 0 where none counts
                 d = logp.exp_().scatter_add_(1, target, torch.full_like(logp[:, :1], -1.0)).mul_(counts)
@@ -327,6 +327,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(d, weight, out=dhs)
                 for part, columns in zip(dw.split(4096), d.split(4096, dim=1)):              # a sum that stays in cache
                     part += columns.T @ hs
+        if with_gradient and weight.dtype == torch.bfloat16:   # half the memory during the whole backward pass;
+            del logits, logp, d                # float16 has no room for a gradient that is not yet scaled
+            dw = dw.bfloat16()
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
         return nats

@@ -2,7 +2,6 @@
 checkpoints, the log and its picture. Knows nothing of what is inside the network.
 """
 import csv
-import ctypes
 import functools
 import importlib.util
 import json
@@ -80,8 +79,6 @@ def start(device, batch_rows=1, constants=()):
                              f"torchrun --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")          # TF32 for what is left in float32
-    if kind == "cpu":
-        keep_freed_memory()
     if kind == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // local_size))         # torchrun sets 1 where nothing is set
     if batch_rows < world_size:
@@ -210,16 +207,6 @@ def compiled(model, choice, process, tokens):
         for block in model.blocks:
             block.compile()
     return model
-
-
-def keep_freed_memory():
-    """Have glibc keep what it is given back: else it takes every large tensor from the kernel anew, page by page."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):              # not Linux, or another C library
-        return
-    mallopt(-3, 32 << 20)                     # M_MMAP_THRESHOLD, its maximum
-    mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD
 
 
 def matmul_rate(device, dtype):
