@@ -199,8 +199,9 @@ def generation():
         raise SystemExit(f"bench.py: prompt_tokens ({prompt_tokens}) and new_tokens ({new_tokens}) together are more "
                          f"than max_seq_len ({max_seq_len})")
     where = runtime.start(device).device
+    runtime.keep_freed_memory()
     torch.manual_seed(0)
-    model = network().to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
+    model = network().to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval().join()
     cases, found = [(B, length) for B in (1, 16) for length in (prompt_tokens, max_seq_len - new_tokens)], []
     for _ in range(repeats + 1):
         for B, length in cases:

@@ -122,6 +122,7 @@ def main():
         raise SystemExit(f"{checkpoint} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
     pairs = read_questions()
     where = runtime.start(device).device
+    runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval().join()
     prompts = [tok.prompt(messages) for messages, _ in pairs]

@@ -2,6 +2,7 @@
 checkpoints, the log and its picture. Knows nothing of what is inside the network.
 """
 import csv
+import ctypes
 import functools
 import importlib.util
 import json
@@ -207,6 +208,17 @@ def compiled(model, choice, process, tokens):
         for block in model.blocks:
             block.compile()
     return model
+
+
+def keep_freed_memory():
+    """Have glibc keep what it is given back, for generation: else it takes every tensor of more than 128 KiB from the
+    kernel anew, page by page. Batches of 16 become 1.2 times as fast; training gains nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):              # not Linux, or another C library
+        return
+    mallopt(-3, 32 << 20)                     # M_MMAP_THRESHOLD, its maximum
+    mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD
 
 
 def matmul_rate(device, dtype):

@@ -82,6 +82,7 @@ def main():
     if tok.sha256 != saved["tokenizer_sha256"]:
         raise SystemExit(f"{checkpoint} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
     where = runtime.start(device).device
+    runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval().join()
     generator = torch.Generator(where)
