@@ -35,7 +35,7 @@ only            = ""                # training | generation | preparation | chec
 vocab_size      = 16_384            # rows of the embedding
 dim             = 512               # width
 n_layers        = 8                 # depth
-n_heads         = 8                 # query heads; must divide dim
+n_heads         = 4                 # query heads; must divide dim
 n_kv_heads      = 0                 # key/value heads; 0: as many as n_heads
 hidden_dim      = 0                 # width of the feed-forward layers; 0: 8/3 dim
 max_seq_len     = 512               # tokens of a row, and of the longest context
@@ -167,7 +167,7 @@ def training():
     torch.manual_seed(0)
     model = network().to(where)
     setup = dict(model=model, forward=runtime.compiled(model, compile, process, math.inf), autocast=autocast,
-                 scaler=scaler, optimizers=make_optimizers(model, 3e-3, 5e-3, 0.1, name))      # inf: as for a long run
+                 scaler=scaler, optimizers=make_optimizers(model, 1e-2, 2.5e-3, 0.1, name))      # inf: as for a long run
     rounds, n_rows, turns = max(1, batch_tokens / (micro_batch * max_seq_len)), 8 * micro_batch, []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data = packed_documents(os.path.join(folder, "train.bin"), n_rows * max_seq_len + 1)
@@ -271,7 +271,7 @@ def preparation():
 def checkpoints():
     """last.pt of pretrain.py, saved (until it is on the disk) and loaded in turns."""
     model = network()
-    optimizers = make_optimizers(model, 3e-3, 5e-3, 0.1)
+    optimizers = make_optimizers(model, 1e-2, 2.5e-3, 0.1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for optimizer in optimizers:

@@ -101,7 +101,7 @@ def test_a_step_is_a_step_of_pretrain(tok, pretrain_dir, tmp_path, monkeypatch):
     ("main", "only", "speed", "choose one of training, generation"),
     ("main", "tokenizer", "gpt2", r"give a \*.model file"),
     ("main", "corpora", "text:nowhere.jsonl", "nowhere.jsonl"),
-    ("training", "dim", 63, r"n_heads \(8\) must divide dim \(63\)"),
+    ("training", "dim", 63, r"n_heads \(4\) must divide dim \(63\)"),
     ("generation", "max_seq_len", 64, r"new_tokens \(64\) together are more than max_seq_len \(64\)")])
 def test_mistakes_end_in_a_sentence(monkeypatch, part, name, value, says):
     monkeypatch.setattr(bench, name, value)
