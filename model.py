@@ -81,7 +81,7 @@ class Linear(nn.Linear):
         rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() or rows > 64 or x.device.type != "cpu":
             return super().forward(x)
-        y = self.weight @ x.flatten() if rows == 1 else (self.weight @ x.flatten(0, -2).T).T
+        y = self.weight @ x.flatten() if rows == 1 else (self.weight @ x.flatten(0, -2).T).T.contiguous()
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
