@@ -16,7 +16,6 @@ from tqdm import tqdm
 import config
 import corpora
 import runtime
-import tokenizer as tokenizers
 from model import Model, generate
 
 checkpoint         = "out/sft/best.pt"      # of sft.py, or a Hugging Face folder
@@ -116,10 +115,7 @@ def answer_all(model, tok, prompts):
 def main():
     if repetition_penalty <= 0:
         raise SystemExit(f"repetition_penalty ({repetition_penalty}) must be above 0")
-    saved = runtime.load_checkpoint(checkpoint)
-    tok = tokenizers.load(tokenizer or saved["tokenizer"])
-    if tok.sha256 != saved["tokenizer_sha256"]:
-        raise SystemExit(f"{checkpoint} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
+    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()
     where = runtime.start(device).device
     runtime.keep_freed_memory()

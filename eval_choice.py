@@ -23,7 +23,6 @@ from tqdm import tqdm
 import config
 import corpora
 import runtime
-import tokenizer as tokenizers
 from model import Model, n_shared, score
 
 checkpoint  = "out/sft/best.pt"  # of sft.py: asked through the chat template; of pretrain.py: as text to continue
@@ -258,10 +257,7 @@ def main():
                          "the Hugging Face hub, and --data_dir= names the folder that holds dev, val and test")
     if shots and not any(examples.values()):
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; --shots=0 asks without")
-    saved = runtime.load_checkpoint(checkpoint)
-    tok = tokenizers.load(tokenizer or saved["tokenizer"])
-    if tok.sha256 != saved["tokenizer_sha256"]:
-        raise SystemExit(f"{checkpoint} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
+    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()

@@ -14,7 +14,6 @@ import torch
 
 import config
 import runtime
-import tokenizer as tokenizers
 from model import Model, generate
 
 pretrain_dir       = "out/pretrain"  # out_dir of pretrain.py; empty, or not there: the report is without it
@@ -97,12 +96,9 @@ def main():
     page, where, scores, lines = out or f"{folders[-1]}/report.md", runtime.start(device).device, [], []
     link = lambda path: os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
     for folder in folders:
-        saved = runtime.load_checkpoint(f"{folder}/best.pt")
+        saved, tok = runtime.load_with_tokenizer(f"{folder}/best.pt")
         if not {"val_bpb", "constants"} <= saved.keys():
             raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there is nothing to report")
-        tok = tokenizers.load(saved["tokenizer"])
-        if tok.sha256 != saved["tokenizer_sha256"]:
-            raise SystemExit(f"{folder}/best.pt was trained with {tok.name} as it was then, which is not that of now")
         model, is_sft = Model.from_state(saved["shape"], saved["model"]), saved["stage"] == "sft"
         model.to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
         scores.append(f"{folder}: {model.n_params() / 1e6:.1f} M parameters, **{saved['val_bpb']:.4f} bits per byte** of "

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import config
+import tokenizer as tokenizers
 
 FORMAT = 1                                    # of checkpoints and bins; a newer one is refused, not guessed at
 NEEDS = (2, 11)                               # the oldest PyTorch that the tests were run with
@@ -394,6 +395,16 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("format") != FORMAT or not needed <= state.keys():
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     return state
+
+
+def load_with_tokenizer(path, tokenizer=""):
+    """The checkpoint of load_checkpoint() and its tokenizer: the one at `tokenizer`, or where the checkpoint says.
+    SystemExit if it is not the one that the model was trained with."""
+    saved = load_checkpoint(path)
+    tok = tokenizers.load(tokenizer or saved["tokenizer"])
+    if tok.sha256 != saved["tokenizer_sha256"]:
+        raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
+    return saved, tok
 
 
 def open_run(out_dir, resume, overwrite, stage, identity):

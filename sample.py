@@ -77,10 +77,7 @@ def chat(model, tok, generator):
 def main():
     if top_p <= 0 or repetition_penalty <= 0:
         raise SystemExit(f"top_p ({top_p}) and repetition_penalty ({repetition_penalty}) must be above 0")
-    saved = runtime.load_checkpoint(checkpoint)
-    tok = tokenizers.load(tokenizer or saved["tokenizer"])
-    if tok.sha256 != saved["tokenizer_sha256"]:
-        raise SystemExit(f"{checkpoint} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
+    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
     runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
