@@ -27,12 +27,12 @@ overwrite      = False                   # start anew although out_dir holds a r
 max_seq_len    = 0                       # tokens of a row; 0: as many as the model reads
 mask_documents = True                    # examples packed into one row do not see each other
 # optimization; a step is an optimizer step
-batch_tokens   = 16_384                  # tokens per step over all processes; gradient accumulation follows from it
+batch_tokens   = 4096                    # tokens per step over all processes; few examples want small steps
 micro_batch    = 16                      # rows per process and forward pass; halve it when memory runs out
 epochs         = 2.0                     # passes over the examples
 max_steps      = 0                       # steps; 0: as many as epochs asks for
-lr             = 1e-3                    # peak learning rate of AdamW (embeddings, head, norms)
-muon_lr        = 1e-3                    # peak learning rate of Muon (all other matrices); 0: AdamW for everything
+lr             = 2e-3                    # peak learning rate of AdamW (embeddings, head, norms)
+muon_lr        = 2e-3                    # peak learning rate of Muon (all other matrices); 0: AdamW for everything
 lr_min         = 0.1                     # where the cosine ends, as a fraction of the peak
 warmup_steps   = 20                      # linear warm-up; 0: none
 weight_decay   = 0.1                     # on matrices only
