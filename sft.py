@@ -27,7 +27,7 @@ overwrite      = False                   # start anew although out_dir holds a r
 max_seq_len    = 0                       # tokens of a row; 0: as many as the model reads
 mask_documents = True                    # examples packed into one row do not see each other
 # optimization; a step is an optimizer step
-batch_tokens   = 4096                    # tokens per step over all processes; few examples want small steps
+batch_tokens   = 4_096                   # tokens per step over all processes; few examples want small steps
 micro_batch    = 16                      # rows per process and forward pass; halve it when memory runs out
 epochs         = 2.0                     # passes over the examples
 max_steps      = 0                       # steps; 0: as many as epochs asks for
