@@ -74,16 +74,12 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """As nn.Linear; on a CPU the product of a few rows, as in generation, in the order that is fast there (up to 1.6
-    times for one row in bfloat16, 1.5 for 16). A product of several is made contiguous: given transposed heads,
-    attention would take a path that is 10 times slower."""
+    """As nn.Linear; on a CPU a single row, as in generation, goes through as a vector, 1.2 times as fast in bfloat16."""
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() or rows > 64 or x.device.type != "cpu":
+        if torch.is_grad_enabled() or x.numel() > x.shape[-1] or x.device.type != "cpu":
             return super().forward(x)
-        y = self.weight @ x.flatten() if rows == 1 else (self.weight @ x.flatten(0, -2).T).T.contiguous()
-        y = y.view(*x.shape[:-1], -1)
+        y = (self.weight @ x.flatten()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
