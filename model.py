@@ -77,7 +77,7 @@ class Linear(nn.Linear):
     """As nn.Linear; on a CPU a single row, as in generation, goes through as a vector, 1.2 times as fast in bfloat16."""
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x.numel() > x.shape[-1] or x.device.type != "cpu":
+        if torch.is_grad_enabled() or x.numel() != x.shape[-1] or x.device.type != "cpu":
             return super().forward(x)
         y = (self.weight @ x.flatten()).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
