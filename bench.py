@@ -62,6 +62,7 @@ constants = config.override(globals())
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BOS, EOS = 1, 2
+RATES = 6e-3, 5e-3, 0.1             # AdamW's and Muon's learning rate, decay: the speed does not depend on them
 
 
 def network():
@@ -167,7 +168,7 @@ def training():
     torch.manual_seed(0)
     model = network().to(where)
     setup = dict(model=model, forward=runtime.compiled(model, compile, process, math.inf), autocast=autocast,
-                 scaler=scaler, optimizers=make_optimizers(model, 6e-3, 5e-3, 0.1, name))    # inf: as for a long run
+                 scaler=scaler, optimizers=make_optimizers(model, *RATES, name))    # inf: as for a long run
     rounds, n_rows, turns = max(1, batch_tokens / (micro_batch * max_seq_len)), 8 * micro_batch, []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data = packed_documents(os.path.join(folder, "train.bin"), n_rows * max_seq_len + 1)
@@ -271,7 +272,7 @@ def preparation():
 def checkpoints():
     """last.pt of pretrain.py, saved (until it is on the disk) and loaded in turns."""
     model = network()
-    optimizers = make_optimizers(model, 6e-3, 5e-3, 0.1)
+    optimizers = make_optimizers(model, *RATES)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for optimizer in optimizers:
