@@ -73,54 +73,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class Linear(nn.Linear):
-    """As nn.Linear; on a CPU a single row, as in generation, goes through as a vector, 1.2 times as fast in bfloat16."""
-
-    def forward(self, x):
-        if torch.is_grad_enabled() or x.numel() != x.shape[-1] or x.device.type != "cpu":
-            return super().forward(x)
-        y = (self.weight @ x.flatten()).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def joined(parts):
-    """A Linear that computes what all parts do, whose weights become views of its own: one large product is faster than
-    a few small ones."""
-    sizes, joint = [part.out_features for part in parts], Linear(1, 1, bias=parts[0].bias is not None)
-    for name, _ in list(joint.named_parameters()):
-        whole = torch.cat([getattr(part, name).detach() for part in parts])
-        setattr(joint, name, nn.Parameter(whole))
-        for part, own in zip(parts, whole.split(sizes)):
-            setattr(part, name, nn.Parameter(own))
-    return joint
-
-
-def products(x, joint, *parts):
-    """What each part makes of x; by the joint Linear if there is one."""
-    if joint is None:
-        return [part(x) for part in parts]
-    return joint(x).split([part.out_features for part in parts], dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.head_dim = D
-        self.wq = Linear(C, H * D, bias=config.qkv_bias)
-        self.wk = Linear(C, K * D, bias=config.qkv_bias)
-        self.wv = Linear(C, K * D, bias=config.qkv_bias)
-        self.wo = Linear(H * D, C, bias=False)
-        self.joint = None                      # wq, wk and wv as one, see Model.join()
+        self.wq = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.wk = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.wv = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.wo = nn.Linear(H * D, C, bias=False)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache=None):
         B, T, C = x.shape
-        q, k, v = products(x, self.joint, self.wq, self.wk, self.wv)
-        q = rotate(self.q_norm(q.view(B, T, -1, self.head_dim)), rope)                       # (B, T, H, D)
-        k = rotate(self.k_norm(k.view(B, T, -1, self.head_dim)), rope)                       # (B, T, K, D)
-        v = v.view(B, T, -1, self.head_dim)                                                  # (B, T, K, D)
+        q = rotate(self.q_norm(self.wq(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, H, D)
+        k = rotate(self.k_norm(self.wk(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, K, D)
+        v = self.wv(x).view(B, T, -1, self.head_dim)                                         # (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)                                                        # (B, S + T, K, D)
         return self.wo(attend(q, k, v, mask).reshape(B, T, -1))                              # (B, T, C)
@@ -131,14 +100,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim, bias=False)
-        self.w3 = Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = Linear(config.hidden_dim, config.dim, bias=False)
-        self.joint = None                      # w1 and w3 as one, see Model.join()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x):
-        gate, up = products(x, self.joint, self.w1, self.w3)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -157,11 +124,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.layers = config, None                # layers: see join()
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.register_buffer("rope", rope_table(config), persistent=False)                   # (2, max_seq_len, 1, D)
@@ -192,10 +159,15 @@ class Model(nn.Module):
         return model
 
     def join(self):
-        """For generation only: matrices that share their input become one, in place. Returns the model."""
+        """Make the network, where it is now, ready for generation by step(). Returns the model."""
+        self.layers = []
         for block in self.blocks:
-            block.attention.joint = joined([block.attention.wq, block.attention.wk, block.attention.wv])
-            block.ffn.joint = joined([block.ffn.w1, block.ffn.w3])
+            a, f, qk_norm = block.attention, block.ffn, None
+            if self.config.qk_norm:            # the weights of all heads, query and key
+                qk_norm = torch.cat((a.q_norm.weight.expand(self.config.n_heads, -1),
+                                     a.k_norm.weight.expand(self.config.n_kv_heads, -1)))
+            self.layers.append((block.attention_norm.weight, *joined(a.wq, a.wk, a.wv), qk_norm, a.wo.weight,
+                                block.ffn_norm.weight, joined(f.w1, f.w3)[0], f.w2.weight))
         return self
 
     def forward(self, x, y=None, cu_seqlens=None):
@@ -247,12 +219,14 @@ class Model(nn.Module):
 
 
 def rope_table(config):
-    """cos and sin of position x frequency, (2, max_seq_len, 1, D) float32. Su et al. 2021, arXiv:2104.09864."""
+    """cos and sin of position x frequency, (2, max_seq_len, 1, D) float32, the first half of the sines negated for
+    rotate(). Su et al. 2021, arXiv:2104.09864."""
     frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)   # (D / 2,)
     if config.rope_scaling:
         frequency = scaled(frequency, **config.rope_scaling)
-    angle = torch.outer(torch.arange(config.max_seq_len).float(), frequency).repeat(1, 2)    # (max_seq_len, D)
-    return torch.stack((angle.cos(), angle.sin())).unsqueeze(2)
+    angle = torch.outer(torch.arange(config.max_seq_len).float(), frequency)                 # (max_seq_len, D / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1))).unsqueeze(2)
 
 
 def scaled(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
@@ -268,7 +242,7 @@ def rotate(x, rope):
     """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, T, heads, D), rope (2, [B,] T, 1, D)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return x * cos + torch.cat((b, a), dim=-1) * sin
 
 
 def attend(q, k, v, mask):
@@ -359,10 +333,12 @@ def loss_rows(device):
 # generation
 
 class KVCache:
-    """Keys and values of one layer for the tokens seen so far: (B, size, K, D) each, filled from the left."""
+    """Keys and values of one layer for the tokens seen so far: (B, size, K, D) each, filled from the left; in memory,
+    those of a head lie side by side."""
 
     def __init__(self, B, size, K, D, **kind):
-        self.k, self.v, self.length = torch.zeros(B, size, K, D, **kind), torch.zeros(B, size, K, D, **kind), 0
+        self.k, self.v = (torch.zeros(B, K, size, D, **kind).transpose(1, 2) for _ in range(2))
+        self.length = 0
 
     def append(self, k, v):
         start, self.length = self.length, self.length + k.shape[1]
@@ -376,6 +352,58 @@ def empty_caches(model, B, size):
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return [KVCache(B, size, config.n_kv_heads, config.head_dim, dtype=dtype, device=device) for _ in model.blocks]
+
+
+def joined(*parts):
+    """Weights and biases of Linears with the same input, one below the other: one large product is faster than a few
+    small ones. The Linears' own weights become views of theirs: none is there twice."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    for part, own in zip(parts, weight.split([part.out_features for part in parts])):
+        part.weight = nn.Parameter(own)
+    return weight, None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+
+
+def product(x, weight):
+    """x weight^T, (B, out), for x (B, in), by the kernel that reads the weight fastest."""
+    if len(x) == 1:
+        return torch.mv(weight, x[0])[None]
+    if x.is_cpu and x.dtype == torch.bfloat16:
+        return (weight @ x.T).T
+    return x @ weight.T
+
+
+def rms_norm(x, weight, eps):
+    """As RMSNorm, x (B, C). On a CPU as the LayerNorm of (x, -x), whose mean is 0: one kernel instead of ten."""
+    if not x.is_cpu:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(torch.cat((x, -x), dim=1), (2 * len(weight),), eps=eps)[:, :len(weight)] * weight
+
+
+def step(model, x, rope, mask, caches):
+    """head(hidden(x)) of a joined model for one more token of each sequence: x (B, 1), logits (B, V) float32.
+
+    For a single token the calls of modules, the views and the casts take a CPU as long as the products do; here are as
+    few of them as can be.
+    """
+    config, B = model.config, len(x)
+    H, K, D, eps = config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
+    h = model.embedding.weight[x[:, 0]]                                                      # (B, C)
+    rope = rope.to(h.dtype)
+    for (attention_norm, wqkv, bias, qk_norm, wo, ffn_norm, w13, w2), cache in zip(model.layers, caches):
+        qkv = product(rms_norm(h, attention_norm, eps), wqkv)
+        if bias is not None:
+            qkv = qkv + bias
+        qkv = qkv.contiguous().view(B, 1, H + K + K, D)
+        qk = qkv[:, :, :H + K]
+        if qk_norm is not None:
+            qk = F.rms_norm(qk, (D,), eps=eps) * qk_norm
+        qk = rotate(qk, rope)                                                                # (B, 1, H + K, D)
+        k, v = cache.append(qk[:, :, H:], qkv[:, :, H + K:])                                 # (B, S + 1, K, D)
+        h = h + product(attend(qk[:, :, :H], k, v, mask).reshape(B, -1), wo)
+        gate, up = product(rms_norm(h, ffn_norm, eps), w13).chunk(2, dim=1)
+        h = h + product(F.silu(gate) * up, w2)
+    logits = product(rms_norm(h, model.norm.weight, eps), model.head.weight)
+    return logits.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @torch.inference_mode()
@@ -410,8 +438,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             mask = (slot[:length] >= pad[:, None])[:, None, :] & (slot[:length] <= query[:, None])
             mask = (mask | (slot[:length] == query[:, None]))[:, None]                       # (B, 1, T, length)
         rope = model.rope[:, (query - pad[:, None]).clamp(0, config.max_seq_len - 1) if ragged else query]
-        h = model.hidden(x, rope, mask, caches)[:, -1]                                       # (B, C)
-        logits = model.head(h).float()                                                       # (B, V)
+        if T == 1 and model.layers:
+            logits = step(model, x, rope, mask, caches)                                      # (B, V)
+        else:
+            logits = model.head(model.hidden(x, rope, mask, caches)[:, -1]).float()
         x = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)   # (B, 1)
         seen.scatter_(1, x, True)
         ids = x[:, 0].tolist()

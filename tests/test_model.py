@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
-from model import IGNORE, Model, ModelConfig, Muon, choose, generate, make_optimizers, orthogonalize
+from model import (IGNORE, Model, ModelConfig, Muon, choose, empty_caches, generate, make_optimizers, orthogonalize,
+                   step)
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=64)
 
@@ -212,16 +213,30 @@ def test_greedy_generation_is_that_without_a_cache_alone_and_in_a_batch(options)
     assert answers(model, PROMPTS, 30, pad_id=17) == expected            # what pads is not seen
 
 
-@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True)])
-def test_joined_matrices_generate_the_same_and_are_not_there_twice(options):
-    model = tiny(**options)
-    logits, expected = model(rows(2, 9)), answers(model, PROMPTS, 30)
-    torch.testing.assert_close(model.join()(rows(2, 9)), logits)
-    assert answers(model, PROMPTS, 30) == expected
-    for block in model.blocks:
-        for part in (block.attention.wq, block.attention.wk, block.attention.wv):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True, tie_embeddings=False)])
+def test_step_continues_what_hidden_has_read_and_no_weight_is_there_twice(options, dtype):
+    model, x = tiny(**options).to(dtype), rows(3, 9)
+    near = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
+    with torch.inference_mode():
+        expected = model(x)[:, -1].float()
+        assert expected.std() > 0.3                                      # there is something to agree about
+        for B in (3, 1):                                                 # a single row has kernels of its own
+            caches = empty_caches(model.join(), B, 9)
+            model.hidden(x[:B, :8], model.rope[:, :8], None, caches)
+            torch.testing.assert_close(step(model, x[:B, 8:], model.rope[:, 8:9], None, caches), expected[:B], **near)
+    for block, (_, wqkv, _, _, _, _, w13, _) in zip(model.blocks, model.layers):
+        for part in (block.attention.wq, block.attention.wk, block.attention.wv, block.ffn.w1, block.ffn.w3):
             part.weight.data.zero_()
-        assert not block.attention.joint.weight.any()
+        assert not wqkv.any() and not w13.any()
+
+
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True)])
+def test_a_joined_network_generates_the_same(options):
+    model = tiny(**options)
+    expected = answers(model, PROMPTS, 30)
+    assert answers(model.join(), PROMPTS, 30) == expected
+    assert [answers(model, [prompt], 30)[0] for prompt in PROMPTS] == expected
 
 
 def test_a_stop_id_ends_its_own_sequence_only_and_is_the_last_token():
