@@ -28,7 +28,8 @@ import config
 import runtime
 import tokenizer as tokenizers
 from corpora import TEXT, Bad, documents, sources
-from model import IGNORE, Model, ModelConfig, generate, make_optimizers
+from model import IGNORE, Model, ModelConfig, generate
+from optim import make_optimizers
 
 only            = ""                # training | generation | preparation | checkpoints; empty: all of them
 # model: the defaults of pretrain.py and train_tokenizer.py

@@ -1,4 +1,4 @@
-"""The network: a Llama-type decoder, its loss, its generation with a KV cache, and its optimizers.
+"""The network: a Llama-type decoder, its loss, and its generation with a KV cache.
 
 Llama (Touvron et al. 2023, arXiv:2302.13971): pre-normalisation by RMSNorm, rotary positions, SwiGLU, no biases. The
 options make it Llama 2/3 (grouped-query attention, rope_scaling), Qwen2 (qkv_bias) or Qwen3 (qk_norm), weight for
@@ -6,6 +6,8 @@ weight as in `transformers`. Nothing in here knows of files, tokenizers or proce
 
 Shapes: B sequences, T tokens, S cached tokens, C = dim, H = n_heads, K = n_kv_heads, D = head_dim, V = vocab_size.
 """
+import functools
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -13,8 +15,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:
+    from torch.nn.attention.varlen import varlen_attn          # attention over packed documents
+    VARLEN = inspect.signature(varlen_attn).parameters         # "window_size" since 2.11, "enable_gqa" since 2.13
+except ImportError:
+    VARLEN = ()
+
 IGNORE = -100                                  # a target that the loss does not count
-MUON_BATCH = 2**22                             # numbers in the matrices that Muon treats at a time: bounds its memory
 
 
 @dataclass
@@ -63,14 +70,18 @@ class ModelConfig:
 # the network
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in the dtype of x. Zhang and Sennrich 2019, arXiv:1910.07467."""
+    """x / rms(x) * weight, in the dtype of x. Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    The result is cast back because autocast on CUDA computes rms_norm in float32 from PyTorch 2.12 on, while the
+    attention kernels want queries, keys and values in one half precision.
+    """
 
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -85,14 +96,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope, mask=None, cache=None, cu_seqlens=None):
         B, T, C = x.shape
         q = rotate(self.q_norm(self.wq(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, H, D)
         k = rotate(self.k_norm(self.wk(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, K, D)
         v = self.wv(x).view(B, T, -1, self.head_dim)                                         # (B, T, K, D)
         if cache is not None:
             k, v = cache.append(k, v)                                                        # (B, S + T, K, D)
-        return self.wo(attend(q, k, v, mask).reshape(B, T, -1))                              # (B, T, C)
+        y = attend(q, k, v, mask) if cu_seqlens is None else attend_packed(q, k, v, cu_seqlens)
+        return self.wo(y.reshape(B, T, -1))                                                  # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -116,8 +128,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, rope, mask, cache=None):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+    def forward(self, x, rope, mask=None, cache=None, cu_seqlens=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, cu_seqlens)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -178,22 +190,54 @@ class Model(nn.Module):
         one), then B * T; documents do not see each other. None: each row is one document.
         Returns (B, T, V) logits, or with y the *sum* of the cross-entropies in nats, a float32 scalar.
         """
-        mask = None if cu_seqlens is None else document_mask(cu_seqlens, x.shape, self.norm.weight)
-        h = self.hidden(x, self.rope[:, :x.shape[1]], mask)                                  # (B, T, C)
+        mask = None
+        if cu_seqlens is not None and not self.has_packed_attention(product_dtype(self.norm.weight)):
+            mask, cu_seqlens = document_mask(cu_seqlens, x.shape), None
+        h = self.hidden(x, self.rope[:, :x.shape[1]], mask, cu_seqlens=cu_seqlens)           # (B, T, C)
         if y is None:
-            return self.head(h)                                                              # (B, T, V)
-        return summed_cross_entropy(h.flatten(0, 1), self.head.weight, y.flatten())          # ()
+            return self.logits(h)                                                            # (B, T, V)
+        return self.loss(h.flatten(0, 1), y.flatten())                                       # ()
 
-    def hidden(self, x, rope, mask, caches=None):
-        """The normalised residual stream behind the last block, (B, T, C); see attend() for mask."""
+    def hidden(self, x, rope, mask=None, caches=None, cu_seqlens=None):
+        """The normalised output of the last block, (B, T, C); for mask see attend(), for cu_seqlens attend_packed()."""
         h = self.embedding(x)                                                                # (B, T, C)
-        if torch.is_autocast_enabled(h.device.type):           # the residual stream, too, in the dtype of the products
-            h = h.to(torch.get_autocast_dtype(h.device.type))
+        h = h.to(product_dtype(h))             # the residual stream has the dtype of the products
         rope = rope.to(h.dtype)
-        for i, block in enumerate(self.blocks):                # compiled or not: for the one shape of training only
+        for i, block in enumerate(self.blocks):
+            # blocks are compiled for training only: the changing shapes of generation would recompile them
             run = block if torch.is_grad_enabled() else block.forward
-            h = run(h, rope, mask, caches[i] if caches else None)
+            h = run(h, rope, mask, caches[i] if caches else None, cu_seqlens)
         return self.norm(h)
+
+    def logits(self, h, weight=None):
+        """The scores of all tokens, (..., V), for hidden states (..., C). Training, evaluation, generation and the
+        exams all come here. weight: in place of the head's, for the loss, which takes its gradient."""
+        return F.linear(h, self.head.weight if weight is None else weight)
+
+    def nats(self, h, weight, y):
+        """Sum of the cross-entropies, float32 (), of hidden states (n, C) and targets (n,)."""
+        return F.cross_entropy(self.logits(h, weight).float(), y, ignore_index=IGNORE, reduction="sum")
+
+    def loss(self, h, y):
+        """nats() of all hidden states (N, C) and targets (N,), some rows at a time: all logits at once, (N, V), would
+        be the largest tensor of a small model by far."""
+        dtype, rows = product_dtype(h), loss_rows(h.device, len(self.head.weight))
+        h, weight = h.to(dtype), self.head.weight.to(dtype)
+        if torch.is_grad_enabled():
+            return ChunkedLoss.apply(h, weight, y, rows, self.nats)
+        return sum(self.nats(hs, weight, ys) for hs, ys in zip(h.split(rows), y.split(rows)))
+
+    def compile(self):
+        """Compile what training runs most: the blocks, one for all as they are alike, and the loss."""
+        torch._dynamo.config.optimize_ddp = False              # else DDP cuts each block of more than 25 MB in two
+        for block in self.blocks:
+            block.compile()
+        self.nats = torch.compile(self.nats)
+
+    def has_packed_attention(self, dtype):
+        """Whether the kernel that attend_packed() calls takes this network, on its device, in this dtype."""
+        return self.config.head_dim % 8 == 0 and self.config.head_dim <= 256 and dtype in (
+            torch.bfloat16, torch.float16) and "window_size" in VARLEN and has_flash_attention(self.norm.weight.device)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -214,7 +258,7 @@ class Model(nn.Module):
         weights = self.n_params() * (16 + (itemsize if itemsize < 4 else 0))
         heads = (c.n_heads + c.n_kv_heads) * c.head_dim
         kept = tokens * c.n_layers * (4 * c.dim + 4 * heads + 4 * c.hidden_dim) * itemsize
-        loss = c.vocab_size * c.dim * 8 + loss_rows(self.norm.weight.device) * c.vocab_size * 10
+        loss = c.vocab_size * c.dim * 8 + loss_rows(self.norm.weight.device, c.vocab_size) * c.vocab_size * 10
         return weights + kept + loss
 
 
@@ -245,70 +289,73 @@ def rotate(x, rope):
     return x * cos + torch.cat((b, a), dim=-1) * sin
 
 
-def attend(q, k, v, mask):
+def product_dtype(t):
+    """The dtype of matrix products with the tensor t: autocast's where it is on, else its own."""
+    kind = t.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else t.dtype
+
+
+def attend(q, k, v, mask=None):
     """softmax(q k / sqrt(D)) v for q (B, T, H, D) and k, v (B, S, K, D); returns (B, T, H, D).
 
-    mask None: causal; bool (B, 1, T, S): True where a query may look; int32 (N + 1,): the cu_seqlens of packed
-    documents, each causal in itself.
+    mask: bool (B, 1, T, S), True where a query may look; None: causal.
     """
-    grouped = q.shape[2] != k.shape[2]
-    if mask is not None and mask.dtype == torch.int32:
-        from torch.nn.attention.varlen import varlen_attn                                    # CUDA, half precision
-        if grouped:
-            k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
-        T = q.shape[1]
-        y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, mask, T, T, window_size=(-1, 0))
-        return y.view_as(q)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                       is_causal=mask is None and q.shape[1] > 1, enable_gqa=grouped)
+                                       is_causal=mask is None and q.shape[1] > 1,
+                                       enable_gqa=q.shape[2] != k.shape[2])
     return y.transpose(1, 2)
 
 
-def document_mask(cu_seqlens, shape, weight):
-    """What attend() takes for packed documents: cu_seqlens itself where a kernel for it exists, else a bool mask
-    (B, 1, T, T) that allows what is earlier and of the same document."""
-    if cu_seqlens.is_cuda and torch.cuda.get_device_capability()[0] >= 8 and (
-            torch.is_autocast_enabled("cuda") or weight.dtype in (torch.bfloat16, torch.float16)):
-        return cu_seqlens
+def attend_packed(q, k, v, cu_seqlens):
+    """attend() within each of the documents that start at cu_seqlens (N + 1,) int32, as in Model.forward()."""
+    T, grouped = q.shape[1], q.shape[2] != k.shape[2]
+    if grouped and "enable_gqa" not in VARLEN:
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    options = {"enable_gqa": True} if grouped and "enable_gqa" in VARLEN else {}
+    y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, cu_seqlens, T, T,
+                    window_size=(-1, 0), **options)            # (-1, 0): all that is earlier, nothing that is later
+    return y.view_as(q)
+
+
+@functools.cache
+def has_flash_attention(device):
+    """Whether PyTorch's FlashAttention runs there: NVIDIA cards from Ampere on, in builds that contain it."""
+    return (device.type == "cuda" and torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(device)[0] >= 8)
+
+
+def document_mask(cu_seqlens, shape):
+    """The documents that start at cu_seqlens as the mask of attend(), bool (B, 1, T, T): a query sees what is earlier
+    and of its own document. shape: (B, T)."""
     B, T = shape
     starts = torch.zeros(B * T, dtype=torch.int32, device=cu_seqlens.device)
     document = starts.index_fill(0, cu_seqlens[:-1].long(), 1).cumsum(0).view(B, T)
     return (document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies from hidden states, a few rows of logits at a time.
+class ChunkedLoss(torch.autograd.Function):
+    """nats(h, weight, y) summed over a few rows at a time: each chunk's logits give their share of the loss and of both
+    gradients at once and are dropped, so no logits are kept for the backward pass and none are computed twice.
 
-    All logits at once, (B T, V), are the largest tensor of a small model by far. Here each chunk's logits give their
-    share of the loss and of both gradients at once and are dropped: no recomputation, and memory that does not grow
-    with V times the batch. The idea is that of Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
+    The idea is that of Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, y, rows, with_gradient):
-        nats = torch.zeros((), dtype=torch.float32, device=h.device)
-        dh = torch.empty_like(h) if with_gradient else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        rows = min(rows, len(h))               # every chunk takes the place of the one before: fresh memory is slow
-        logits, logp = h.new_empty(rows, len(weight)), h.new_empty(rows, len(weight), dtype=torch.float32)
-        for hs, ys, dhs in zip(h.split(rows), y[:, None].split(rows), (h if dh is None else dh).split(rows)):
-            counts = ys != IGNORE                                                            # (rows, 1)
-            target = ys.clamp(min=0)
-            logits, logp = logits[:len(hs)], logp[:len(hs)]                                  # (rows, V)
-            torch.log_softmax(logp.copy_(torch.mm(hs, weight.T, out=logits)), -1, out=logp)
-            nats -= (logp.gather(1, target) * counts).sum()
-            if with_gradient:                  # d nats / d logits = softmax - onehot(target), 0 where none counts
-                d = logp.exp_().scatter_add_(1, target, torch.full_like(logp[:, :1], -1.0)).mul_(counts)
-                d = logits.copy_(d)
-                torch.mm(d, weight, out=dhs)
-                for part, columns in zip(dw.split(4096), d.split(4096, dim=1)):              # a sum that stays in cache
-                    part += columns.T @ hs
-        if with_gradient and weight.dtype == torch.bfloat16:   # half the memory during the whole backward pass;
-            del logits, logp, d                # float16 has no room for a gradient that is not yet scaled
+    def forward(ctx, h, weight, y, rows, nats):
+        total, weight = torch.zeros((), device=h.device), weight.detach().requires_grad_()
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        for hs, ys, dhs in zip(h.split(rows), y.split(rows), dh.split(rows)):
+            with torch.enable_grad():
+                hs = hs.detach().requires_grad_()
+                part = nats(hs, weight, ys)
+            dhs[:], dw_part = torch.autograd.grad(part, (hs, weight))
+            dw += dw_part                      # in float32: the chunks are many
+            total += part.detach()
+        if weight.dtype == torch.bfloat16:     # half the memory during the backward pass; float16 could overflow
             dw = dw.bfloat16()
         ctx.save_for_backward(dh, dw)
         ctx.weight_dtype = weight.dtype
-        return nats
+        return total
 
     @staticmethod
     def backward(ctx, scale):
@@ -316,17 +363,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dh * scale.to(dh.dtype), dw.mul_(scale).to(ctx.weight_dtype), None, None, None
 
 
-def summed_cross_entropy(h, weight, y):
-    """Sum over the targets of -log softmax(h weight^T)[y], float32 (). h (N, C), weight (V, C), y (N,) with IGNORE."""
-    if torch.is_autocast_enabled(h.device.type):               # autocast does not reach into an autograd.Function
-        dtype = torch.get_autocast_dtype(h.device.type)
-        h, weight = h.to(dtype), weight.to(dtype)
-    return ChunkedCrossEntropy.apply(h, weight, y, loss_rows(h.device), torch.is_grad_enabled())
-
-
-def loss_rows(device):
-    """Rows of logits at a time: a CPU wants few, near its cache, a GPU wants work."""
-    return 256 if device.type == "cpu" else 4096
+def loss_rows(device, vocab_size):
+    """Rows of logits at a time, so that their number is bounded: a CPU wants few, near its cache, a GPU wants work."""
+    if device.type == "cuda":
+        return max(512, min(8192, 2**26 // vocab_size))
+    return max(256, min(1024, 2**23 // vocab_size))
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -442,7 +483,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         if T == 1 and model.layers:
             logits = step(model, x, rope, mask, caches)                                      # (B, V)
         else:
-            logits = model.head(model.hidden(x, rope, mask, caches)[:, -1]).float()
+            logits = model.logits(model.hidden(x, rope, mask, caches)[:, -1]).float()
         x = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)   # (B, 1)
         seen.scatter_(1, x, True)
         ids = x[:, 0].tolist()
@@ -543,85 +584,10 @@ def score(model, prefix, prompts, answers, batch_size):
         h = model.hidden(x, model.rope[:, places], mask[:, None], caches)                    # (B, T, C)
         h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])                          # (answer tokens, C)
         y = torch.tensor([id for i in batch for answer in answers[i] for id in answer], device=device)
-        rows_at_a_time = loss_rows(device)     # all logits at once would be large
+        rows_at_a_time = loss_rows(device, model.config.vocab_size)     # all logits at once would be large
         nats = torch.cat([F.cross_entropy(model.head(part).float(), target, reduction="none")
                           for part, target in zip(h.split(rows_at_a_time), y.split(rows_at_a_time))])
         token = iter((-nats).tolist())
         for i in batch:
             scores[i] = [sum(next(token) for _ in answer) for answer in answers[i]]
     return scores
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# optimizers
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: every direction of a weight matrix moves at the same speed.
-
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale 0.2 sqrt(larger side), which makes learning rate
-    and weight decay those of AdamW, is from Liu et al. 2025, arXiv:2502.16982, section 2.2. For the matrices inside
-    the network; embeddings, head and vectors want AdamW.
-    """
-
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype                     # of the iteration's products; rough is enough
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}                      # matrices of one shape go through the iteration as one batch
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                n = max(1, MUON_BATCH // shape.numel())
-                for i in range(0, len(params), n):
-                    self.update(params[i:i + n], group)
-
-    def update(self, params, group):
-        """A step of matrices of one shape."""
-        grads = [p.grad for p in params]
-        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        nesterov = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)
-        update = orthogonalize(nesterov).to(params[0].dtype)            # (n, rows, columns)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(params[0].shape)))
-
-
-def orthogonalize(g):
-    """The nearest (semi-)orthogonal matrices to g (n, rows, columns), singular values roughly 1: five steps of a
-    Newton-Schulz iteration with Jordan's coefficients."""
-    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if tall := g.shape[1] > g.shape[2]:
-        x = x.mT
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
-
-
-def make_optimizers(model, lr, muon_lr, weight_decay, dtype="float32"):
-    """AdamW for embeddings, head and vectors, Muon for the matrices inside the network; muon_lr 0: AdamW for all.
-
-    Decay is for matrices only (embeddings included): a norm's weight or a bias has no direction to shrink along.
-    dtype: of the training's products; Muon's are bfloat16 where those are, else float32.
-    Returns a list of optimizers whose groups carry "peak_lr".
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.")] if muon_lr else []
-    taken = set(map(id, hidden))
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
-    fused = rest[0].device.type in ("cuda", "cpu")
-    # beta1 of 0.8, and 0.9 as Muon's momentum: in runs of some thousand steps shorter memories than usual learn faster
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95), fused=fused)]
-    if hidden:
-        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=weight_decay,
-                               dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import pretrain
 import runtime
-from model import Model, ModelConfig, make_optimizers
+from model import Model, ModelConfig
+from optim import make_optimizers
 
 SHAPE = dict(vocab_size=5000, dim=64, n_layers=2, n_heads=2, max_seq_len=48)
 
@@ -81,7 +82,7 @@ def test_a_step_is_a_step_of_pretrain(tok, pretrain_dir, tmp_path, monkeypatch):
     n_rows = math.ceil((len(data) - 1) / T)                               # bench.py has no last row that is padded:
     seed = next(seed for seed in range(100) if n_rows - 1 not in runtime.batch_rows(0, steps * B, n_rows, seed))
     constants = dict(tokenizer=tok.name, data_dir=pretrain_dir, out_dir=tmp_path, dim=32, n_layers=1, n_heads=2,
-                     max_seq_len=T, batch_tokens=T * B, micro_batch=B, max_steps=steps, warmup_steps=0, lr_min=1.0,
+                     max_seq_len=T, batch_tokens=T * B, micro_batch=B, max_steps=steps, warmup=0.0, lr_min=1.0,
                      seed=seed, sample_prompts="", device="cpu", dtype="float32")
     done = run("pretrain.py", tmp_path, *(f"--{name}={value}" for name, value in constants.items()))
     assert done.rc == 0, done.err
