@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(PYTHON) data/make_demo.py
 	$(PYTHON) train_tokenizer.py --out=data/demo/tokenizer.model --vocab_size=4096 --max_piece_length=4
 	$(PYTHON) prepare_pretrain.py $(DEMO) --corpora=text:data/demo/stories.jsonl --data_dir=data/demo/pretrain
-	$(PYTHON) pretrain.py $(DEMO) --data_dir=data/demo/pretrain --out_dir=out/demo/pretrain --overwrite --dim=192 --n_layers=4 --n_heads=6 --max_seq_len=256 --batch_tokens=4096 --max_steps=300 --warmup_steps=20 --lr=3e-3 --muon_lr=5e-3 --eval_interval=100 --sample_prompts="从前|有一天，小兔"
+	$(PYTHON) pretrain.py $(DEMO) --data_dir=data/demo/pretrain --out_dir=out/demo/pretrain --overwrite --dim=192 --n_layers=4 --n_heads=6 --max_seq_len=256 --batch_tokens=4096 --max_steps=300 --warmup=0.07 --lr=3e-3 --muon_lr=5e-3 --eval_interval=100 --sample_prompts="从前|有一天，小兔"
 	$(PYTHON) prepare_sft.py $(DEMO) --corpora=messages:data/demo/chat.jsonl --data_dir=data/demo/sft --max_seq_len=256 --show=2
 	$(PYTHON) sft.py $(DEMO) --checkpoint=out/demo/pretrain/best.pt --data_dir=data/demo/sft --out_dir=out/demo/sft --overwrite --batch_tokens=2048 --epochs=3 --lr=3e-3 --muon_lr=4e-3 --eval_interval=200
 	$(PYTHON) sample.py --checkpoint=out/demo/pretrain/best.pt --prompt=从前 --n_samples=3

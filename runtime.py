@@ -30,11 +30,11 @@ import config
 import tokenizer as tokenizers
 
 FORMAT = 1                                    # of checkpoints and bins; a newer one is refused, not guessed at
-NEEDS = (2, 11)                               # the oldest PyTorch that the tests were run with
+NEEDS = (2, 6)                                # the oldest PyTorch that the tests were run with
 
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < NEEDS:
-    raise SystemExit(f"PyTorch {torch.__version__} is installed, this needs at least {NEEDS[0]}.{NEEDS[1]}: "
-                     "pip install -r requirements.txt")
+    raise SystemExit(f"PyTorch {torch.__version__} is installed, but this needs {NEEDS[0]}.{NEEDS[1]} or newer: "
+                     "pip install --upgrade torch")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -69,10 +69,14 @@ def start(device, batch_rows=1, constants=()):
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(name for name, is_there in there.items() if is_there) if device == "auto" else device
-    if not there.get(kind):
-        raise SystemExit(f"--device={device}: not on this machine; there is {', '.join(d for d in there if there[d])}")
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, is_usable in usable.items() if is_usable) if device == "auto" else device
+    problem = None if usable["cuda"] else unusable_card()
+    if not usable.get(kind):
+        raise SystemExit(f"--device={device} is not usable here, but {', '.join(d for d in usable if usable[d])} is"
+                         + f". {problem}" * (kind == "cuda" and problem is not None))
+    if device == "auto" and problem and rank == 0:
+        print(problem, flush=True)
     if kind == "mps" and world_size > 1:
         raise SystemExit("Apple's MPS has one device and no collective operations: run without torchrun")
     if kind == "cuda":
@@ -90,25 +94,52 @@ def start(device, batch_rows=1, constants=()):
     if world_size > 1:
         threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
         wait_for_others(rank, world_size)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        nccl = kind == "cuda" and dist.is_nccl_available()     # PyTorch for Windows has none
+        dist.init_process_group("nccl" if nccl else "gloo", store=dist.PrefixStore("group", message_store()),
+                                rank=rank, world_size=world_size, device_id=device if nccl else None)
     process = Process(rank, local_rank, world_size, device)
     check_equal(constants, process)
     return process
 
 
+def unusable_card():
+    """A sentence about an NVIDIA card that PyTorch cannot use, and what to do; None if there is no such card."""
+    if not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
+        return None
+    if not torch.version.cuda:
+        return (f"This machine has an NVIDIA card, but PyTorch {torch.__version__} was built without CUDA: install "
+                "another build (the README has the commands)")
+    try:
+        torch.cuda.init()
+        reason = "PyTorch sees no device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    except (RuntimeError, AssertionError) as error:            # its text names an old driver, for example
+        reason = str(error).splitlines()[0]
+    return f"This machine has an NVIDIA card that PyTorch {torch.__version__} cannot use: {reason}"
+
+
 def end_without_parent(parent):
-    """End with a torchrun that was killed: nobody sees this process any more, and a resumed run would write beside it."""
+    """Exit if torchrun died: an orphan would keep writing beside the resumed run."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
+store = None
+
+
+def message_store(timeout=timedelta(minutes=30)):
+    """The store in which the processes leave messages before they form a group, and with which they form it: a second
+    one in the same place fails outside of torchrun."""
+    global store
+    store = store or next(dist.rendezvous("env://", timeout=timeout))[0]
+    return store
+
+
 def wait_for_others(rank, world_size):
     """Wait until all processes are about to begin; SystemExit if one of them, perhaps on another machine, cannot."""
     try:
-        store = next(dist.rendezvous("env://"))[0]                  # where torchrun lets processes leave notes
-        store.set(f"process {rank}", "")
-        sentences = [store.get(f"process {other}").decode() for other in range(world_size)]
+        message_store().set(f"process {rank}", "")
+        sentences = [message_store().get(f"process {other}").decode() for other in range(world_size)]
     except dist.DistError as error:
         raise SystemExit(f"process {rank}: the others did not come ({error}); see what they say") from None
     for other, sentence in enumerate(sentences):
@@ -124,10 +155,10 @@ def ending_together():
     except SystemExit as stopped:
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if world_size > 1 and stopped.code and not dist.is_initialized():
+            minute = timedelta(minutes=1)
             try:
-                store = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))[0]
-                store.set(f"process {rank}", str(stopped.code))
-                store.wait([f"process {other}" for other in range(world_size)], timedelta(minutes=1))
+                message_store(minute).set(f"process {rank}", str(stopped.code))
+                message_store().wait([f"process {other}" for other in range(world_size)], minute)
             except dist.DistError:                                  # they have ended, too
                 pass
         raise
@@ -206,8 +237,7 @@ def compiled(model, choice, process, tokens):
             there = os.path.exists(header) and (shutil.which("g++") or shutil.which("clang++"))
             choice = "on" if there and tokens * model.flops_per_token(0) > 2e14 else "off"
     if choice == "on":
-        for block in model.blocks:
-            block.compile()
+        model.compile()
     return model
 
 
@@ -224,14 +254,17 @@ def keep_freed_memory():
 
 def matmul_rate(device, dtype):
     """Floating-point operations per second of a large matrix product in this dtype, measured now (well under 1 s)."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(4):                        # the first warms up; .item() waits for the device
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(seconds)
+    n, seconds = 128, 0.0
+    while n < 8192 and seconds < 0.01:         # a product of the size that this device computes in some 10 ms or more
+        n *= 2
+        a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+        times = []
+        for _ in range(3):                     # the first warms up; .item() waits for the device
+            begin = time.perf_counter()
+            (a @ a)[0, 0].item()
+            times.append(time.perf_counter() - begin)
+        seconds = min(times)
+    return 2 * n**3 / seconds
 
 
 def parallel(model, process):
@@ -240,7 +273,21 @@ def parallel(model, process):
         model.no_sync = nullcontext
         return model
     return DistributedDataParallel(model, device_ids=[process.local_rank] if process.device.type == "cuda" else None,
-                                   broadcast_buffers=False)         # the rotary table is the same everywhere
+                                   gradient_as_bucket_view=True)            # no second copy of the gradients
+
+
+def rows_that_fit(model, process, dtype, batch_rows, T):
+    """As many rows of T tokens, a power of two, as the free memory of a CUDA device holds by the model's own estimate.
+    Elsewhere 16: more are not faster there."""
+    if process.device.type != "cuda":
+        return 16
+    free, itemsize = 0.9 * torch.cuda.mem_get_info(process.device)[0], 4 if dtype == "float32" else 2
+    already = 4 * model.n_params()             # the weights lie there
+    rows = 1
+    while rows < batch_rows / process.world_size and \
+            model.bytes_to_train(2 * rows * T, itemsize) - already < free:
+        rows *= 2
+    return rows
 
 
 def hardware(device):
@@ -261,7 +308,10 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
     flops, rate = model.flops_per_token(T), matmul_rate(process.device, dtype)
     seconds, rate = tokens * flops / (0.35 * rate * process.world_size), f"{process.world_size} x {rate:.3g} FLOP/s"
     said = {
-        "device": f"{process.world_size} x {process.device.type} ({hardware(process.device)}), products in {dtype}",
+        "device": f"{process.world_size} x {process.device.type} ({hardware(process.device)}), PyTorch "
+                  f"{torch.__version__}, products in {dtype}",
+        "attention": "packed documents by FlashAttention" if model.has_packed_attention(getattr(torch, dtype)) else
+                     "packed documents by a mask over whole rows",
         "parameters": f"{model.n_params():,}, of which {model.embedding.weight.numel():,} embed the tokens",
         "step": f"{batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {a_round} at a time in each process",
         "training": f"{steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} epochs of {n_rows:,} rows",
@@ -434,15 +484,16 @@ def open_run(out_dir, resume, overwrite, stage, identity):
 
 
 @contextmanager
-def memory_advice(micro_batch):
-    """Turn running out of memory into a sentence that says what to lower."""
+def memory_advice(constants):
+    """Turn running out of memory into a sentence that says what to lower. constants: the script's globals()."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        advice = f"--micro_batch={micro_batch // 2}: half the activations, the same batch and the same result" \
-            if micro_batch > 1 else "rows of half the length (--max_seq_len), or a smaller model"
+        rows = constants["micro_batch"]
+        advice = f"--micro_batch={rows // 2}: half the activations, the same batch and the same result" \
+            if rows > 1 else "rows of half the length (--max_seq_len), or a smaller model"
         raise SystemExit(f"out of memory; try {advice}") from None
 
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 import tokenizer as tokenizers
-from model import IGNORE, Model, generate, make_optimizers
+from model import IGNORE, Model, generate
+from optim import make_optimizers
 
 # data
 checkpoint     = "out/pretrain/best.pt"  # the pretrained model to start from: a checkpoint or a Hugging Face folder
@@ -28,13 +29,13 @@ max_seq_len    = 0                       # tokens of a row; 0: as many as the mo
 mask_documents = True                    # examples packed into one row do not see each other
 # optimization; a step is an optimizer step
 batch_tokens   = 4_096                   # tokens per step over all processes; few examples want small steps
-micro_batch    = 16                      # rows per process and forward pass; halve it when memory runs out
+micro_batch    = 0                       # rows per process and forward pass; 0: as many as the card's memory holds
 epochs         = 2.0                     # passes over the examples
 max_steps      = 0                       # steps; 0: as many as epochs asks for
 lr             = 2e-3                    # peak learning rate of AdamW (embeddings, head, norms)
 muon_lr        = 2e-3                    # peak learning rate of Muon (all other matrices); 0: AdamW for everything
 lr_min         = 0.1                     # where the cosine ends, as a fraction of the peak
-warmup_steps   = 20                      # linear warm-up; 0: none
+warmup         = 0.02                    # linear warm-up, as a share of all steps, but 500 steps at most; 0: none
 weight_decay   = 0.1                     # on matrices only
 grad_clip      = 1.0                     # largest norm of the gradient; 0: any
 seed           = 1337                    # of the order of the data, from 0 up
@@ -115,6 +116,7 @@ def read_batch(data, rows, tok, device):
 
 def schedule(step):
     """Learning rate of a step (from 1) as a fraction of its peak: linear warm-up, then a cosine down to lr_min."""
+    warmup_steps = min(500, round(warmup * max_steps))
     if step <= warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
@@ -145,7 +147,7 @@ def sample(model, tok, autocast, process):
 
 
 def main():
-    global max_steps, max_seq_len
+    global max_steps, max_seq_len, micro_batch
     tok = tokenizers.load(tokenizer)
     meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
     pretrained = runtime.load_checkpoint(checkpoint)
@@ -172,6 +174,9 @@ def main():
     model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    micro_batch = micro_batch or (saved["constants"]["micro_batch"] if saved else
+                                  runtime.rows_that_fit(model, process, dtype_name, batch_rows, max_seq_len))
+    constants["micro_batch"] = micro_batch                             # a resumed run rounds as this one does
     saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     said = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
@@ -215,7 +220,7 @@ def main():
         if math.isfinite(grad_norm + train_loss):
             for optimizer in optimizers:
                 optimizer.step()
-        elif scaler.is_enabled():                                      # float16 overflowed: the scaler now goes lower
+        elif scaler.is_enabled() and scaler.get_scale() > 2**-64:      # float16 overflowed: the scaler halves its scale
             skipped += 1
         else:
             raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm {grad_norm}; nothing of it "
@@ -255,5 +260,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with runtime.ending_together(), runtime.memory_advice(micro_batch):
+    with runtime.ending_together(), runtime.memory_advice(globals()):
         main()

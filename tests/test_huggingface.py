@@ -394,7 +394,7 @@ def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
         where = dict(checkpoint=str(folder), data_dir=str(sft_dir)) if stage is sft else \
             dict(init_from=str(folder), data_dir=str(pretrain_dir), dim=64)                # dim is not looked at
         values = dict(device="cpu", dtype="float32", compile="off", max_seq_len=80, batch_tokens=400, max_steps=4,
-                      eval_interval=2, warmup_steps=0, lr=0.01, muon_lr=0.01, sample_prompts="", resume=False,
+                      eval_interval=2, warmup=0.0, lr=0.01, muon_lr=0.01, sample_prompts="", resume=False,
                       tokenizer=tok.name, out_dir=str(tmp_path / "out"), **where)
         for name, value in {**values, **constants}.items():
             monkeypatch.setattr(stage, name, value)

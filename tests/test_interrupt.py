@@ -30,7 +30,7 @@ seed  = 1      # of the moments and the signals
 config.override(globals())
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-SMALL = ["--batch_tokens=320", "--micro_batch=3", "--max_steps=30", "--warmup_steps=5", "--eval_interval=7",
+SMALL = ["--batch_tokens=320", "--micro_batch=3", "--max_steps=30", "--warmup=0.17", "--eval_interval=7",
          "--save_interval=2", "--log_interval=1", "--device=cpu", "--compile=off", "--sample_prompts="]
 PRETRAIN = [str(ROOT / "pretrain.py"), "--tokenizer=tok.model", "--data_dir=bins", "--dim=32", "--n_layers=2", "--n_heads=2",
             "--max_seq_len=32", "--eval_tokens=640", *SMALL]
@@ -274,7 +274,7 @@ def test_preparing_on_a_full_disk_ends_in_one_sentence_and_leaves_nothing(prepar
     RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_ends_in_one_sentence_that_halves_the_micro_batch(error):
     def training(micro_batch):
-        with pytest.raises(SystemExit) as stopped, runtime.memory_advice(micro_batch):
+        with pytest.raises(SystemExit) as stopped, runtime.memory_advice({"micro_batch": micro_batch}):
             raise error
         assert "\n" not in stopped.value.code and "out of memory" in stopped.value.code
         return stopped.value.code
@@ -286,7 +286,7 @@ def test_memory_that_really_runs_out_ends_in_one_sentence(prepared):
     done = conftest.run("pretrain.py", prepared, "--data_dir=bins", "--tokenizer=tok.model", "--out_dir=large",
                         "--device=cpu", "--dim=131072", "--n_heads=1024", "--hidden_dim=64", "--n_layers=1",
                         code="import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))")
-    assert done.rc == 1 and done.err.strip().splitlines()[-1].startswith("out of memory; try --micro_batch=8: "), done.err
+    assert done.rc == 1 and done.err.strip().splitlines()[-1].startswith("out of memory; try rows of half the length"), done.err
     assert "Traceback" not in done.err and not (prepared / "large/last.pt").exists()
 
 

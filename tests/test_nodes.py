@@ -16,7 +16,7 @@ from test_interrupt import family, final_state
 import runtime
 
 SETTINGS = ["--tokenizer=tok.model", "--data_dir=bins", "--out_dir=out", "--dim=32", "--n_layers=2", "--n_heads=2",
-            "--max_seq_len=32", "--batch_tokens=160", "--micro_batch=2", "--max_steps=12", "--warmup_steps=2",
+            "--max_seq_len=32", "--batch_tokens=160", "--micro_batch=2", "--max_steps=12", "--warmup=0.17",
             "--eval_interval=5", "--save_interval=3", "--log_interval=1", "--device=cpu", "--dtype=float32",
             "--compile=off", "--sample_prompts="]       # 5 rows a step: no two processes have the same share
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes to kill in Linux's /proc")

@@ -8,7 +8,7 @@ import pytest
 import runtime
 from conftest import run
 
-SMALL = ["--batch_tokens=320", "--micro_batch=5", "--warmup_steps=2", "--device=cpu", "--dtype=float32", "--tokenizer=tok.model"]
+SMALL = ["--batch_tokens=320", "--micro_batch=5", "--warmup=0.4", "--device=cpu", "--dtype=float32", "--tokenizer=tok.model"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from model import IGNORE, Model, ModelConfig
 CPU = torch.device("cpu")
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_seq_len=32)
 LONG = 80  # the context of fine-tuning: examples have 13 to 74
-COMMON = dict(micro_batch=2, max_steps=6, eval_interval=3, warmup_steps=2, lr=0.01, muon_lr=0.01, device="cpu",
+COMMON = dict(micro_batch=2, max_steps=6, eval_interval=3, warmup=0.34, lr=0.01, muon_lr=0.01, device="cpu",
               dtype="float32", sample_prompts="", log_interval=1, compile="off")
 
 
@@ -156,16 +156,24 @@ def test_every_token_but_the_first_is_a_target_once_in_an_epoch(length):
 
 @BOTH
 def test_the_schedule_warms_up_and_ends_at_lr_min(stage):
-    with constants(stage, warmup_steps=10, max_steps=110, lr_min=0.1):
+    with constants(stage, warmup=1 / 11, max_steps=110, lr_min=0.1):
         assert stage.schedule(1) == pytest.approx(0.1)                   # the first step moves already
         assert stage.schedule(10) == pytest.approx(1.0)
         assert stage.schedule(60) == pytest.approx(0.55)                 # half-way down the cosine
         assert stage.schedule(110) == pytest.approx(0.1)
         values = [stage.schedule(step) for step in range(1, 111)]
         assert values[:10] == sorted(values[:10]) and values[9:] == sorted(values[9:], reverse=True)
-    for warmup_steps, max_steps in ((0, 1), (1, 1), (5, 5), (9, 5)):
-        with constants(stage, warmup_steps=warmup_steps, max_steps=max_steps, lr_min=0.1):
+    for warmup, max_steps in ((0.0, 1), (1.0, 1), (0.2, 2), (1.0, 5), (2.0, 5)):
+        with constants(stage, warmup=warmup, max_steps=max_steps, lr_min=0.1):
             assert 0 < stage.schedule(max_steps) <= 1
+
+
+@BOTH
+@pytest.mark.parametrize("max_steps, peak", [(10, 1), (100, 2), (1_000, 20), (1_000_000, 500)])
+def test_by_default_a_short_run_leaves_its_warm_up_and_a_long_one_does_not_stay_in_it(stage, max_steps, peak):
+    """A run of ten steps, as ninety sentences about itself give, would else learn nothing."""
+    with constants(stage, max_steps=max_steps):
+        assert max(range(1, min(max_steps, 1000) + 1), key=stage.schedule) == peak
 
 
 # ---- packing --------------------------------------------------------------------------------------------------
@@ -404,7 +412,7 @@ def test_a_killed_run_resumes_exactly(train, settings, tmp_path, stage, when):
 
 def test_a_float16_run_resumes_with_its_scale(train, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0 ** 30))
-    how = dict(dtype="float16", max_steps=24, eval_interval=12, warmup_steps=24)  # no step depends on max_steps
+    how = dict(dtype="float16", max_steps=24, eval_interval=12, warmup=0.0, lr_min=1.0)     # no step depends on max_steps
     train(pretrain, "whole", **how)
     train(pretrain, "stopped", **{**how, "max_steps": 12})
     train(pretrain, "stopped", **how, resume=True)
@@ -681,10 +689,10 @@ def test_a_network_that_cannot_work_is_refused(broken, changes, said):
     assert said in broken(pretrain, **changes)
 
 
-BAD = ["--dtype=fp8", "--device=tpu", "--compile=maybe", "--micro_batch=0", "--micro_batch=-1", "--batch_tokens=0",
+BAD = ["--dtype=fp8", "--device=tpu", "--compile=maybe", "--micro_batch=-1", "--batch_tokens=0",
        "--seed=-1", "--batch_tokens=-64", "--log_interval=0", "--eval_interval=0", "--eval_interval=-3",
        "--save_interval=-1", "--max_steps=-5", "--epochs=0", "--epochs=-1", "--lr=-1", "--grad_clip=-1",
-       "--warmup_steps=-1"]
+       "--warmup=-1"]
 BAD_SHAPES = ["--dim=0", "--dim=-32", "--n_layers=0", "--n_heads=0", "--hidden_dim=-1", "--max_seq_len=0",
               "--max_seq_len=-32"]
 
@@ -702,7 +710,7 @@ def test_a_constant_that_cannot_work_is_refused(train, settings, stage, argument
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it is there")
 def test_a_device_that_is_not_there_is_refused(broken):
-    assert "not on this machine" in broken(pretrain, device="cuda")
+    assert "not usable here, but cpu is" in broken(pretrain, device="cuda")
 
 
 @BOTH
