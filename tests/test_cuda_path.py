@@ -195,14 +195,14 @@ for n_kv_heads in (0, 2):
     for step in range(4):
         for x, y, starts in path.rounds(step):
             losses = []
-            for model, documents in ((dense, None), (dense, starts), (packed, starts)):
+            for model in (packed, dense):
                 model.zero_grad()
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = model(x, y, documents)
+                    loss = model(x, y, starts)
                 loss.backward()
                 losses.append(loss.item())
-            assert abs(losses[2] / losses[1] - 1) < 5e-5 < abs(losses[0] / losses[1] - 1), losses
-            for (name, a), b in zip(packed.named_parameters(), dense.parameters()):
+            assert abs(losses[0] / losses[1] - 1) < 1e-3, losses
+            for (name, a), b in zip(packed.named_parameters(), dense.parameters()):    # 0.05; without documents 0.9
                 assert (a.grad - b.grad).norm() < 0.1 * b.grad.norm() + 1e-4, name
     print(sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"])
 """
