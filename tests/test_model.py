@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
 import optim
+from conftest import ROOT, run
 from model import IGNORE, Model, ModelConfig, choose, empty_caches, generate, step
 from optim import Muon, make_optimizers, orthogonalize
 
@@ -340,6 +341,35 @@ def test_muon_is_the_naive_one_on_each_matrix(monkeypatch, batches):
     for p, at, g in zip(params, start, gradients):
         torch.testing.assert_close(p.data, naive_muon(at, g, 0.1, 0.9, 0.3), rtol=1e-4, atol=1e-4)
         assert (p - at).abs().max() > 0.1
+
+
+SHARED_MUON = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+from optim import Muon
+if dist.is_torchelastic_launched():
+    dist.init_process_group("gloo")
+for dtype in (torch.float32, torch.bfloat16):
+    random = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=random))
+              for shape in [(16, 48), (48, 16), (24, 24)] * 6 + [(48, 16)]]
+    optimizer = Muon(params, lr=0.1, weight_decay=0.1, dtype=dtype)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=random)
+        optimizer.step()
+    if not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1:
+        print([p.double().sum().item().hex() for p in params])
+"""
+
+
+def test_any_number_of_processes_shares_the_work_of_muon_and_gets_the_same_bits(tmp_path):
+    (tmp_path / "muon.py").write_text(SHARED_MUON, encoding="utf-8")
+    alone, two, three = (run(tmp_path / "muon.py", tmp_path, torchrun=n) for n in (0, 2, 3))
+    assert alone.rc == two.rc == three.rc == 0, two.err + three.err
+    assert alone.out == two.out == three.out and len(alone.out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("muon_lr", [0, 0.02])

@@ -11,6 +11,7 @@ import pickle
 import random
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -340,6 +341,59 @@ def test_an_overflow_in_float16_skips_the_step_lowers_the_scale_and_is_counted(t
     assert all(torch.isfinite(w).all() for w in saved["model"].values())
     skipped = [row for row in log if not math.isfinite(row["grad_norm"])]
     assert len(skipped) == saved["skipped"] and log[-1]["loss"] < log[0]["loss"] and math.isfinite(log[-1]["val_loss"])
+
+
+def test_a_poisoned_float16_run_ends_with_a_sentence_instead_of_skipping_for_ever(train, monkeypatch):
+    real = Model.loss
+    monkeypatch.setattr(Model, "loss", lambda self, h, y: real(self, h, y) * math.nan)
+    with pytest.raises(SystemExit, match="step [0-9]+: the loss is nan"):
+        train(pretrain, "a", dtype="float16", max_steps=500, eval_interval=500, batch_tokens=2 * 32)
+
+
+# ---- the device -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cuda, error, said", [
+    (None, None, "was built without CUDA"), ("13.0", "The NVIDIA driver on your system is too old\nmore", "too old"),
+    ("13.0", "", "CUDA_VISIBLE_DEVICES")])
+def test_a_card_that_pytorch_cannot_use_is_named_with_the_reason(monkeypatch, capsys, cuda, error, said):
+    def init():
+        if error:
+            raise RuntimeError(error)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name == "nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert runtime.start("auto").device.type in ("cpu", "mps")
+    assert said in capsys.readouterr().out.strip() and "\n" not in runtime.unusable_card()
+    with pytest.raises(SystemExit, match=said):
+        runtime.start("cuda")
+
+
+def test_without_a_card_nothing_is_said_of_one(monkeypatch, capsys):
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    monkeypatch.setattr(runtime.os.path, "exists", lambda path: False)
+    runtime.start("cpu")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("free, world_size, expected", [(1e6, 1, 1), (2e9, 1, 8), (80e9, 1, 64), (80e9, 4, 16)])
+def test_a_micro_batch_fills_the_memory_of_a_card_but_not_more_than_its_share_of_the_batch(monkeypatch, free,
+                                                                                            world_size, expected):
+    model = Model(ModelConfig(16_384, 512, 8, 4))
+    process = runtime.Process(0, 0, world_size, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    rows = runtime.rows_that_fit(model, process, "bfloat16", 64, 512)
+    needed = [model.bytes_to_train(n * 512, 2) - 4 * model.n_params() for n in (rows, 2 * rows)]
+    assert rows == expected or free == 2e9 and needed[0] < 0.9 * free <= needed[1]
+    assert rows & (rows - 1) == 0
+
+
+def test_a_product_in_any_dtype_is_timed_quickly():
+    """float16 is a thousand times slower than float32 on many CPUs."""
+    for dtype in ("float32", "bfloat16", "float16"):
+        began = time.perf_counter()
+        assert runtime.matmul_rate(CPU, dtype) > 1e6
+        assert time.perf_counter() - began < 20
 
 
 # ---- stopping and resuming ------------------------------------------------------------------------------------
