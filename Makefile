@@ -22,8 +22,11 @@ demo: .venv/demo
 test: .venv/test
 	$(PYTHON) -m pytest -q tests
 
+# The PyTorch of the Python that calls make, where that sees a card; else one pinned build, without CUDA if pip has it.
 .venv/bin/python:
-	python3 -m venv .venv
+	python3 -m venv $$(python3 -c "import torch; print('--system-site-packages' * torch.cuda.is_available())" 2>/dev/null) .venv
+	$(PYTHON) -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null && $(PYTHON) -m pip install --quiet torch; } || \
+	$(PYTHON) -m pip install --quiet torch==2.13.0+cpu || $(PYTHON) -m pip install --quiet torch==2.13.0
 
 .venv/demo: .venv/bin/python requirements.txt
 	$(PYTHON) -m pip install --quiet -r requirements.txt matplotlib
