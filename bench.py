@@ -203,7 +203,7 @@ def generation():
     where = runtime.start(device).device
     runtime.keep_freed_memory()
     torch.manual_seed(0)
-    model = network().to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval().join()
+    model = network().to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
     model.norm.weight.data *= 10              # logits as far apart as trained ones: flat ones would all be sorted
     cases, found = [(B, length) for B in (1, 16) for length in (prompt_tokens, max_seq_len - new_tokens)], []
     for _ in range(repeats + 1):

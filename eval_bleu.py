@@ -120,7 +120,7 @@ def main():
     where = runtime.start(device).device
     runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval().join()
+    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
     prompts = [tok.prompt(messages) for messages, _ in pairs]
     fits = [i for i, ids in enumerate(prompts) if len(ids) < model.config.max_seq_len]
     if not fits:

@@ -22,6 +22,7 @@ except ImportError:
     VARLEN = ()
 
 IGNORE = -100                                  # a target that the loss does not count
+CACHE_STEP = 128                               # the visible part of the KV cache grows by so many places
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.wk(x).view(B, T, -1, self.head_dim)), rope)              # (B, T, K, D)
         v = self.wv(x).view(B, T, -1, self.head_dim)                                         # (B, T, K, D)
         if cache is not None:
-            k, v = cache.append(k, v)                                                        # (B, S + T, K, D)
+            k, v = remember(k, v, *cache, mask.shape[-1])                                    # (B, S, K, D)
         y = attend(q, k, v, mask) if cu_seqlens is None else attend_packed(q, k, v, cu_seqlens)
         return self.wo(y.reshape(B, T, -1))                                                  # (B, T, C)
 
@@ -136,7 +137,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.layers = config, None                # layers: see join()
+        self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -160,7 +161,7 @@ class Model(nn.Module):
     def from_state(cls, shape, weights):
         """The network of a checkpoint: shape as in vars(ModelConfig), weights its state_dict; all of them must fit.
 
-        The tensors become the network's own: none is drawn at random first, none is there twice.
+        The tensors become the network's own: no random initialisation, no second copy.
         """
         with torch.device("meta"):
             model = cls(ModelConfig(**shape))
@@ -169,18 +170,6 @@ class Model(nn.Module):
         if model.config.tie_embeddings:
             model.head.weight = model.embedding.weight
         return model
-
-    def join(self):
-        """Make the network, where it is now, ready for generation by step(). Returns the model."""
-        self.layers = []
-        for block in self.blocks:
-            a, f, qk_norm = block.attention, block.ffn, None
-            if self.config.qk_norm:            # the weights of all heads, query and key
-                qk_norm = torch.cat((a.q_norm.weight.expand(self.config.n_heads, -1),
-                                     a.k_norm.weight.expand(self.config.n_kv_heads, -1)))
-            self.layers.append((block.attention_norm.weight, *joined(a.wq, a.wk, a.wv), qk_norm, a.wo.weight,
-                                block.ffn_norm.weight, joined(f.w1, f.w3)[0], f.w2.weight))
-        return self
 
     def forward(self, x, y=None, cu_seqlens=None):
         """Logits, or with targets their loss.
@@ -199,7 +188,11 @@ class Model(nn.Module):
         return self.loss(h.flatten(0, 1), y.flatten())                                       # ()
 
     def hidden(self, x, rope, mask=None, caches=None, cu_seqlens=None):
-        """The normalised output of the last block, (B, T, C); for mask see attend(), for cu_seqlens attend_packed()."""
+        """The normalised output of the last block, (B, T, C).
+
+        mask: see attend(); cu_seqlens: see attend_packed(); caches: for every layer the keys and values so far and the
+        slots of the tokens x, as remember() takes them. The mask then covers the visible part of the cache.
+        """
         h = self.embedding(x)                                                                # (B, T, C)
         h = h.to(product_dtype(h))             # the residual stream has the dtype of the products
         rope = rope.to(h.dtype)
@@ -213,6 +206,16 @@ class Model(nn.Module):
         """The scores of all tokens, (..., V), for hidden states (..., C). Training, evaluation, generation and the
         exams all come here. weight: in place of the head's, for the loss, which takes its gradient."""
         return F.linear(h, self.head.weight if weight is None else weight)
+
+    def next_logits(self, x, rope, mask, caches):
+        """The scores of the token that follows x (B, T), float32 (B, V); the rest is that of hidden()."""
+        return self.logits(self.hidden(x, rope, mask, caches)[:, -1]).float()
+
+    decode = next_logits                       # for one token of each sequence; see compile_generation()
+
+    def compile_generation(self):
+        """Compile the step of generate(). On CUDA it is replayed as a graph: launching kernels is what takes time."""
+        self.decode = torch.compile(self.next_logits, mode="reduce-overhead" if self.norm.weight.is_cuda else None)
 
     def nats(self, h, weight, y):
         """Sum of the cross-entropies, float32 (), of hidden states (n, C) and targets (n,)."""
@@ -373,79 +376,23 @@ def loss_rows(device, vocab_size):
 # -----------------------------------------------------------------------------------------------------------------
 # generation
 
-class KVCache:
-    """Keys and values of one layer for the tokens seen so far: (B, size, K, D) each, filled from the left; in memory,
-    those of a head lie side by side."""
-
-    def __init__(self, B, size, K, D, **kind):
-        self.k, self.v = (torch.zeros(B, K, size, D, **kind).transpose(1, 2) for _ in range(2))
-        self.length = 0
-
-    def append(self, k, v):
-        start, self.length = self.length, self.length + k.shape[1]
-        self.k[:, start:self.length], self.v[:, start:self.length] = k, v
-        return self.k[:, :self.length], self.v[:, :self.length]
-
-
 def empty_caches(model, B, size):
-    """A KVCache for every layer, in the dtype of its products."""
-    config, device, dtype = model.config, model.norm.weight.device, model.norm.weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return [KVCache(B, size, config.n_kv_heads, config.head_dim, dtype=dtype, device=device) for _ in model.blocks]
+    """Room for the keys and values of `size` tokens, for every layer: tuples of two (B, K, size, D).
 
-
-def joined(*parts):
-    """Weights and biases of Linears with the same input, one below the other: one large product is faster than a few
-    small ones. The Linears' own weights become views of theirs: none is there twice."""
-    weight = torch.cat([part.weight.detach() for part in parts])
-    for part, own in zip(parts, weight.split([part.out_features for part in parts])):
-        part.weight = nn.Parameter(own)
-    return weight, None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
-
-
-def product(x, weight):
-    """x weight^T, (B, out), for x (B, in), by the kernel that reads the weight fastest."""
-    if len(x) == 1:
-        return torch.mv(weight, x[0])[None]
-    if x.is_cpu and x.dtype == torch.bfloat16:                 # oneDNN: 1.3 to 1.6 times as fast up to 256 rows
-        return (weight @ x.T).T
-    return x @ weight.T
-
-
-def rms_norm(x, weight, eps):
-    """As RMSNorm, over the last dimension. On a CPU as the LayerNorm of (x, -x), whose mean is 0: one kernel, not ten."""
-    n = x.shape[-1]
-    if not x.is_cpu:
-        return F.rms_norm(x, (n,), eps=eps) * weight
-    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * n,), eps=eps)[..., :n] * weight
-
-
-def step(model, x, rope, mask, caches):
-    """head(hidden(x)) of a joined model for one more token of each sequence: x (B, 1), logits (B, V) float32.
-
-    For a single token the calls of modules, the views and the casts take a CPU as long as the products do; here are as
-    few of them as can be.
+    They keep their place and size, so that a compiled step fits every token.
     """
-    config, B = model.config, len(x)
-    H, K, D, eps = config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps
-    h = model.embedding.weight[x[:, 0]]                                                      # (B, C)
-    rope = rope.to(h.dtype)
-    for (attention_norm, wqkv, bias, qk_norm, wo, ffn_norm, w13, w2), cache in zip(model.layers, caches):
-        qkv = product(rms_norm(h, attention_norm, eps), wqkv)
-        if bias is not None:
-            qkv = qkv + bias
-        qkv = qkv.contiguous().view(B, 1, H + K + K, D)
-        qk = qkv[:, :, :H + K]
-        if qk_norm is not None:
-            qk = rms_norm(qk, qk_norm, eps)
-        qk = rotate(qk, rope)                                                                # (B, 1, H + K, D)
-        k, v = cache.append(qk[:, :, H:], qkv[:, :, H + K:])                                 # (B, S + 1, K, D)
-        h = h + product(attend(qk[:, :, :H], k, v, mask).reshape(B, -1), wo)
-        gate, up = product(rms_norm(h, ffn_norm, eps), w13).chunk(2, dim=1)
-        h = h + product(F.silu(gate) * up, w2)
-    logits = product(rms_norm(h, model.norm.weight, eps), model.head.weight)
-    return logits.to(torch.float32, memory_format=torch.contiguous_format)
+    c, weight = model.config, model.norm.weight
+    shape = B, c.n_kv_heads, size, c.head_dim
+    return [tuple(torch.zeros(shape, dtype=product_dtype(weight), device=weight.device) for _ in range(2))
+            for _ in model.blocks]
+
+
+def remember(k, v, keys, values, slots, n_visible):
+    """Write k and v (B, T, K, D) to the places slots (T,) of a layer's cache; returns its first n_visible places,
+    (B, n_visible, K, D) each."""
+    keys.index_copy_(2, slots, k.transpose(1, 2))
+    values.index_copy_(2, slots, v.transpose(1, 2))
+    return keys[:, :, :n_visible].transpose(1, 2), values[:, :, :n_visible].transpose(1, 2)
 
 
 @torch.inference_mode()
@@ -454,36 +401,32 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """Yield, step by step, the next token of every prompt: lists of B ids, None where a sequence has ended.
 
     prompts: B lists of ids, of any lengths >= 1, each shorter than max_seq_len (ValueError otherwise). A sequence ends
-    with its first stop id (which is yielded) or where the context is full. temperature 0 is greedy. The work is that
-    of one forward pass over the prompts and one over a single token per step: keys and values are kept.
+    with its first stop id (which is yielded) or where the context is full. temperature 0 is greedy. Keys and values are
+    kept: the prompts go through the network once, then one token of each sequence per step.
     """
     config, device, B = model.config, model.norm.weight.device, len(prompts)
     longest = max(map(len, prompts))
     if min(map(len, prompts)) < 1 or longest >= config.max_seq_len:
         raise ValueError(f"prompts of {min(map(len, prompts))} to {longest} tokens; each needs at least 1 and "
                          f"fewer than max_seq_len ({config.max_seq_len})")
-    # shorter prompts are padded on the left: then all write to the same place of the cache, and `pad` hides the rest
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)                   # (B,)
+    # shorter prompts are padded on the left: all sequences then write to the same slot of the cache
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]          # (B, 1)
     x = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    size = min(config.max_seq_len + int(pad.max()), longest + max_new_tokens)        # where the shortest is full, too
+    size = min(config.max_seq_len + int(pad.max()), longest + max_new_tokens)  # until the shortest prompt's row is full
     caches = empty_caches(model, B, size)
     seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)
     for row, p in zip(seen, prompts):
         row[torch.tensor(p, device=device)] = True
     slot, alive = torch.arange(size, device=device), [True] * B
-    ragged = bool(pad.any())
+    slots = slot[:longest]                     # where the keys and values of x go
     for length in range(longest, size):
-        T = x.shape[1]
-        query = slot[length - T:length]                                                      # (T,)
-        mask = None
-        if ragged:                             # a pad position looks at itself, so that no softmax is empty
-            mask = (slot[:length] >= pad[:, None])[:, None, :] & (slot[:length] <= query[:, None])
-            mask = (mask | (slot[:length] == query[:, None]))[:, None]                       # (B, 1, T, length)
-        rope = model.rope[:, (query - pad[:, None]).clamp(0, config.max_seq_len - 1) if ragged else query]
-        if T == 1 and model.layers:
-            logits = step(model, x, rope, mask, caches)                                      # (B, V)
-        else:
-            logits = model.logits(model.hidden(x, rope, mask, caches)[:, -1]).float()
+        place = slot[:min(size, CACHE_STEP * math.ceil(length / CACHE_STEP))]
+        mask = (place <= slots[:, None]) & (place >= pad[:, None])                           # (B, T, places)
+        mask = (mask | (place == slots[:, None]))[:, None]     # padding sees itself, or its softmax would be NaN
+        rope = model.rope[:, (slots - pad).clamp(0, config.max_seq_len - 1)]                 # (2, B, T, 1, D)
+        read = model.next_logits if length == longest else model.decode
+        logits = read(x, rope, mask, [(*cache, slots) for cache in caches])                  # (B, V)
+        slots = slot[length:length + 1]
         x = choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)   # (B, 1)
         seen.scatter_(1, x, True)
         ids = x[:, 0].tolist()
@@ -519,7 +462,7 @@ def likeliest(logits, top_k, top_p):
         logits, order = logits.topk(min(top_k, logits.shape[-1]))
         return logits.softmax(-1), order
     p = logits.softmax(-1)
-    few = p.topk(min(512, p.shape[-1]))        # mostly enough, and far less work than sorting a whole vocabulary
+    few = p.topk(min(512, p.shape[-1]))        # usually enough, and far less work than sorting a whole vocabulary
     return few if bool((few.values.sum(-1) >= top_p).all()) else p.sort(descending=True)
 
 
@@ -562,9 +505,11 @@ def score(model, prefix, prompts, answers, batch_size):
             raise ValueError(f"a prompt of {len(prompt)} tokens with answers of {list(map(len, choices))}; each needs "
                              f"at least 1, both together at most max_seq_len + 1 ({size + 1})")
     prefix = prefix[:max(n_shared(prefix, prompt) for prompt in prompts)] if prompts else []
-    known = empty_caches(model, 1, len(prefix))
+    known, slots = empty_caches(model, 1, len(prefix)), torch.arange(len(prefix), device=device)
     if prefix:
-        model.hidden(torch.tensor([prefix], device=device), model.rope[:, :len(prefix)], None, known)
+        causal = (slots <= slots[:, None])[None, None]
+        model.hidden(torch.tensor([prefix], device=device), model.rope[:, :len(prefix)], causal,
+                     [(*cache, slots) for cache in known])
     scores = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))                       # little padding
     for at in range(0, len(order), batch_size):
@@ -580,12 +525,14 @@ def score(model, prefix, prompts, answers, batch_size):
         mask = torch.cat((reused[:, None].expand(B, T, S), same & (places[:, None, :] <= places[:, :, None])), dim=-1)
         caches = empty_caches(model, B, S + T)
         for cache, filled in zip(caches, known):
-            cache.append(filled.k[:, :S].expand(B, -1, -1, -1), filled.v[:, :S].expand(B, -1, -1, -1))
-        h = model.hidden(x, model.rope[:, places], mask[:, None], caches)                    # (B, T, C)
+            for t, of_prefix in zip(cache, filled):
+                t[:, :, :S] = of_prefix[:, :, :S]
+        slots = torch.arange(S, S + T, device=device)
+        h = model.hidden(x, model.rope[:, places], mask[:, None], [(*cache, slots) for cache in caches])    # (B, T, C)
         h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])                          # (answer tokens, C)
         y = torch.tensor([id for i in batch for answer in answers[i] for id in answer], device=device)
         rows_at_a_time = loss_rows(device, model.config.vocab_size)     # all logits at once would be large
-        nats = torch.cat([F.cross_entropy(model.head(part).float(), target, reduction="none")
+        nats = torch.cat([F.cross_entropy(model.logits(part).float(), target, reduction="none")
                           for part, target in zip(h.split(rows_at_a_time), y.split(rows_at_a_time))])
         token = iter((-nats).tolist())
         for i in batch:

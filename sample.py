@@ -81,7 +81,7 @@ def main():
     where = runtime.start(device).device
     runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval().join()
+    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
     generator = torch.Generator(where)
     generator.manual_seed(seed) if seed else generator.seed()
     text = prompt

@@ -1,5 +1,6 @@
 """model.py against transformers, torch's own functions, and loops that compute the same the long way."""
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as models
 import optim
 from conftest import ROOT, run
-from model import IGNORE, Model, ModelConfig, choose, empty_caches, generate, step
+from model import IGNORE, Model, ModelConfig, choose, generate
 from optim import Muon, make_optimizers, orthogonalize
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=64)
@@ -196,30 +197,55 @@ def test_greedy_generation_is_that_without_a_cache_alone_and_in_a_batch(options)
     assert answers(model, PROMPTS, 30, pad_id=17) == expected            # what pads is not seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True, tie_embeddings=False)])
-def test_step_continues_what_hidden_has_read_and_no_weight_is_there_twice(options, dtype):
-    model, x = tiny(**options).to(dtype), rows(3, 9)
-    near = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
-    with torch.inference_mode():
-        expected = model(x)[:, -1].float()
-        assert expected.std() > 0.3                                      # there is something to agree about
-        for B in (3, 1):                                                 # a single row has kernels of its own
-            caches = empty_caches(model.join(), B, 9)
-            model.hidden(x[:B, :8], model.rope[:, :8], None, caches)
-            torch.testing.assert_close(step(model, x[:B, 8:], model.rope[:, 8:9], None, caches), expected[:B], **near)
-    for block, (_, wqkv, _, _, _, _, w13, _) in zip(model.blocks, model.layers):
-        for part in (block.attention.wq, block.attention.wk, block.attention.wv, block.ffn.w1, block.ffn.w3):
-            part.weight.data.zero_()
-        assert not wqkv.any() and not w13.any()
+def test_a_compiled_step_generates_the_same_beyond_the_first_places_of_the_cache(monkeypatch):
+    monkeypatch.setattr(models, "CACHE_STEP", 16)
+    model = tiny(n_kv_heads=2, qk_norm=True)
+    expected = answers(model, PROMPTS, 40)
+    calls = []
+    model.compile_generation()
+    compiled = model.decode
+    model.decode = lambda *inputs: calls.append(inputs[2].shape[-1]) or compiled(*inputs)
+    assert answers(model, PROMPTS, 40) == expected
+    assert len(set(calls)) >= 3 and len(calls) == max(map(len, expected)) - 1
 
 
-@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(n_kv_heads=4, qkv_bias=True)])
-def test_a_joined_network_generates_the_same(options):
-    model = tiny(**options)
-    expected = answers(model, PROMPTS, 30)
-    assert answers(model.join(), PROMPTS, 30) == expected
-    assert [answers(model, [prompt], 30)[0] for prompt in PROMPTS] == expected
+OTHER = dict(vocab_size=98, dim=64, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=12, hidden_dim=64, max_seq_len=48,
+             rope_theta=100.0, norm_eps=0.5, tie_embeddings=False, qk_norm=True, qkv_bias=True,
+             rope_scaling=dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                               original_max_position_embeddings=16))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ModelConfig)])
+def test_every_field_changes_training_and_generation_alike(name):
+    """A field that only one of forward pass, loss and cached generation obeys is found here, also a new one."""
+    base, other = tiny(), tiny(**{name: OTHER[name]})
+    x, y = rows(2, 30), some_targets(3, 30)[[0, 2]]
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum", ignore_index=IGNORE)
+                  for model in (base, other)]
+        assert torch.isclose(other(x, y), losses[1], rtol=1e-5)
+    assert torch.isclose(other(x, y).detach(), losses[1], rtol=1e-5)     # with gradients: another code path
+    expected = [[greedy(model, prompt, 60) for prompt in PROMPTS] for model in (base, other)]
+    assert answers(other, PROMPTS, 60) == expected[1] != expected[0]
+    assert name == "max_seq_len" or not torch.isclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_the_logits_are_computed_in_one_place(monkeypatch):
+    """A soft cap (Gemma 2, arXiv:2408.00118) put there reaches the loss, its gradients, evaluation and generation."""
+    plain = Model.logits
+    monkeypatch.setattr(Model, "logits", lambda self, h, weight=None: 3 * torch.tanh(plain(self, h, weight) / 3))
+    model, x, y = tiny(), rows(4, 13), some_targets(4, 13)
+    assert model(x).abs().max() <= 3
+    long_way = lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum", ignore_index=IGNORE)
+    loss, gradients = loss_and_gradients(model, x, y, model)
+    expected, expected_gradients = loss_and_gradients(model, x, y, long_way)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-3)
+    assert torch.isclose(model(x, y).detach(), expected, rtol=1e-5)
+    read = [model.next_logits, []]
+    model.decode = lambda *inputs: read[1].append(read[0](*inputs)) or read[1][-1]
+    assert answers(model, PROMPTS, 9) == [greedy(model, prompt, 9) for prompt in PROMPTS]
+    assert max(logits.abs().max() for logits in read[1]) <= 3
 
 
 def test_a_stop_id_ends_its_own_sequence_only_and_is_the_last_token():
