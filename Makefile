@@ -15,7 +15,7 @@ demo: .venv/demo
 	$(PYTHON) sample.py --checkpoint=out/demo/pretrain/best.pt --prompt=从前 --n_samples=3
 	$(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt --prompt=请讲一个小兔和小熊的故事。
 	$(PYTHON) eval_bleu.py --checkpoint=out/demo/sft/best.pt --questions=data/demo/heldout.jsonl --n_questions=0 --out=out/demo/sft/bleu.md
-	$(PYTHON) report.py --pretrain_dir=out/demo/pretrain --sft_dir=out/demo/sft
+	$(PYTHON) -m extras.report --pretrain_dir=out/demo/pretrain --sft_dir=out/demo/sft
 	@echo; echo "all of it on a page: out/demo/sft/report.md   stories: out/demo/pretrain   answers: out/demo/sft/bleu.md"
 	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
 

@@ -18,7 +18,7 @@ import corpora
 import runtime
 from model import Model, generate
 
-checkpoint         = "out/sft/best.pt"      # of sft.py, or a Hugging Face folder
+checkpoint         = "out/sft/best.pt"      # of sft.py
 tokenizer          = ""                     # empty: the one that the checkpoint names
 questions          = "data/sft/test.jsonl"  # {"messages": [...]} a line; the last assistant turn is the reference
 n_questions        = 100                    # take this many from the front of the file; 0: all

@@ -378,12 +378,11 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint() wrote; SystemExit if it is missing, not whole, newer, or holds more than data.
 
-    A folder is one of Hugging Face, and read as if it were a checkpoint.
     weights_only: a checkpoint from elsewhere can carry tensors and plain values, but no code that runs.
     """
     if os.path.isdir(path):
-        import huggingface                                    # needs safetensors, which few runs do
-        return {"format": FORMAT, **huggingface.read_folder(path)}
+        raise SystemExit(f"{path}: a folder, not a checkpoint; `python -m extras.import_weights --source={path}` makes "
+                         "one of a Hugging Face folder")
     if not os.path.exists(path):
         raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
     try:

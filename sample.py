@@ -14,7 +14,7 @@ import runtime
 import tokenizer as tokenizers
 from model import Model, generate
 
-checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues; or a Hugging Face folder
+checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
 prompt             = ""                 # empty: a chat, or with a pretrained checkpoint a text from nothing
 prompt_file        = ""                 # take the prompt from this file instead

@@ -1,7 +1,7 @@
 """Sit the multiple-choice exams that everyone quotes: C-Eval, CMMLU, MMLU.
 
-    python eval_choice.py                                                     C-Eval's validation split, 5 shots
-    python eval_choice.py --exam=mmlu --shots=0 --checkpoint=out/pretrain/best.pt
+    python -m extras.exams                                                     C-Eval's validation split, 5 shots
+    python -m extras.exams --exam=mmlu --shots=0 --checkpoint=out/pretrain/best.pt
 
 Every question is answered in two ways. By letter: the question with its options as each exam's authors ask it, and the
 most likely of A, B, C and D. By text: the question alone, and the option whose text is the most likely per character;

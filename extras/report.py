@@ -1,6 +1,6 @@
 """One page to keep and to show of a run: report.md beside the checkpoint.
 
-    python report.py                                          of out/pretrain and out/sft, or the one that is there
+    python -m extras.report     of out/pretrain and out/sft, or the one that is there
 
 It computes nothing anew: the data are in meta.json, the losses in log.csv and best.pt, the speed in run.json, the score
 of an evaluation in the first paragraph of the page that it wrote beside the checkpoint. Only the samples are drawn now.

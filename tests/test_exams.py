@@ -1,4 +1,4 @@
-"""eval_choice.py and model.score() against a loop without cache, batches or prefixes, and against transformers."""
+"""extras/exams.py and model.score() against a loop without cache, batches or prefixes, and against transformers."""
 import base64
 import csv
 import io
@@ -12,10 +12,9 @@ import pytest
 import sentencepiece
 import torch
 
-import eval_choice
-import huggingface
 import runtime
 import tokenizer as tokenizers
+from extras import exams, huggingface
 from model import Model, ModelConfig, score
 
 from conftest import DID, WHERE, WHO, story
@@ -157,8 +156,8 @@ def sit(tmp_path, monkeypatch, capsys):
     def run(exam, split, **constants):
         for name, value in {**dict(exam=exam, split=split, data_dir=str(tmp_path / "exam"), batch_size=3, device="cpu",
                                    checkpoint=str(tmp_path / "best.pt"), dtype="float32"), **constants}.items():
-            monkeypatch.setattr(eval_choice, name, value)
-        eval_choice.main()
+            monkeypatch.setattr(exams, name, value)
+        exams.main()
         files = {kind: tmp_path / f"{exam}_{split}.{kind}" for kind in ("md", "csv", "json")}
         rows = list(csv.DictReader(files["csv"].read_text("utf-8").splitlines(keepends=True)))
         return SimpleNamespace(said=capsys.readouterr().out, page=files["md"].read_text("utf-8"), rows=rows,
@@ -302,19 +301,19 @@ def test_gbk_and_a_byte_order_mark_are_read_and_utf_16_is_refused_in_a_sentence(
     path = tmp_path / "logic_val.csv"
     text = "".join(",".join(map(str, row)) + "\r\n" for row in [HEADER, *numbered(GOOD)])
     path.write_bytes(text.encode("utf-8"))
-    questions, bad = eval_choice.read_questions(str(path))
+    questions, bad = exams.read_questions(str(path))
     assert not bad and [[q[c] for c in ("question", *LETTERS, "answer")] for q in questions] == GOOD
     for encoding in ("gbk", "utf-8-sig"):
         path.write_bytes(text.encode(encoding))
-        assert eval_choice.read_questions(str(path)) == (questions, {})
+        assert exams.read_questions(str(path)) == (questions, {})
     path.write_bytes(text.encode("utf-8").replace("山上".encode(), b"\xe5\xb1"))
-    assert eval_choice.read_questions(str(path)) == ([questions[0], questions[2]], {"broken characters": [3]})
+    assert exams.read_questions(str(path)) == ([questions[0], questions[2]], {"broken characters": [3]})
     path.write_bytes(text.encode("utf-16"))
     with pytest.raises(SystemExit, match="logic_val.csv.*UTF-16"):
-        eval_choice.read_questions(str(path))
+        exams.read_questions(str(path))
     path.write_text("id,question,A,B,C,answer\n0,问,一,二,三,A\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="logic_val.csv.*D are needed"):
-        eval_choice.read_questions(str(path))
+        exams.read_questions(str(path))
 
 
 def test_folders_without_questions_or_examples_end_in_a_sentence(tok, tmp_path, sit):
@@ -332,13 +331,13 @@ def test_the_tables_of_subjects_are_whole():
     """52, 67 and 57 subjects, each in one category and, of CMMLU's, 15 in a second; all Chinese ones with a name."""
     for exam, n, sizes in (("ceval", 52, [20, 10, 11, 11]), ("cmmlu", 67, [17, 22, 13, 15]),
                            ("mmlu", 57, [18, 12, 13, 14])):
-        first = [words.split() for words in eval_choice.SUBJECTS[exam].values()][:4]
+        first = [words.split() for words in exams.SUBJECTS[exam].values()][:4]
         assert [len(words) for words in first] == sizes and sum(sizes) == n
         words = [word for words in first for word in words]
         assert len({word.partition("=")[0] for word in words}) == n
         assert all(re.fullmatch(r"[a-z_]+" if exam == "mmlu" else r"[a-z_]+=[\u4e00-\u9fff]+", word) for word in words)
-    ours = eval_choice.SUBJECTS["cmmlu"]["China specific"].split()
-    assert len(set(ours)) == 15 and all(f"{name}=" in " ".join(eval_choice.SUBJECTS["cmmlu"].values()) for name in ours)
+    ours = exams.SUBJECTS["cmmlu"]["China specific"].split()
+    assert len(set(ours)) == 15 and all(f"{name}=" in " ".join(exams.SUBJECTS["cmmlu"].values()) for name in ours)
 
 
 @pytest.mark.parametrize("dummy", [True, False])
@@ -360,13 +359,13 @@ def test_an_answer_that_the_tokenizer_melts_into_the_prompt(dummy, tmp_path, mon
         lines = "".join(f"{base64.b64encode(piece).decode()} {i}\n" for i, piece in enumerate(ranks))
         (tmp_path / "ranks.tiktoken").write_text(lines, encoding="utf-8")
         tok = tokenizers.load(str(tmp_path / "ranks.tiktoken"))
-    monkeypatch.setattr(eval_choice, "exam", "mmlu")
+    monkeypatch.setattr(exams, "exam", "mmlu")
     melted = 0
     for gap in (" ", ""):
-        monkeypatch.setitem(eval_choice.EXAMS, "mmlu", ("", "", "", "About {}.\n\n", "", "\nAnswer:", gap))
+        monkeypatch.setitem(exams.EXAMS, "mmlu", ("", "", "", "About {}.\n\n", "", "\nAnswer:", gap))
         question = {"question": "The cat?", **{c: t for c, t in zip(LETTERS, ("A cat", "sat on", "mat", "the mat."))}}
         for figure, answers in (("letter", LETTERS), ("text", ("A cat", "sat on", "mat", "the mat."))):
-            prompt, found = eval_choice.encode(tok, False, "cats", [], question, figure)
+            prompt, found = exams.encode(tok, False, "cats", [], question, figure)
             listed = "\nA. A cat\nB. sat on\nC. mat\nD. the mat." * (figure == "letter")
             text = f"About cats.\n\nThe cat?{listed}\nAnswer:"
             assert [prompt + ids for ids in found] == [[tok.bos_id] + tok.encode(f"{text}{gap}{a}") for a in answers]
