@@ -18,12 +18,13 @@ import os
 from glob import escape, glob
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
 import corpora
 import runtime
-from model import Model, n_shared, score
+from model import Model, empty_caches, loss_rows
 
 checkpoint  = "out/sft/best.pt"  # of sft.py: asked through the chat template; of pretrain.py: as text to continue
 tokenizer   = ""                 # empty: the one that the checkpoint names
@@ -102,8 +103,6 @@ SUBJECTS = {"ceval": {
              "marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine "
              "virology"}}
 LETTERS, FIGURES = "ABCD", ("letter", "text")
-
-
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -209,6 +208,104 @@ def answer(model, tok, is_chat, name, examples, questions, figure):
     for (n, _, _, question), nats in zip(asked, scores):
         lengths = [len(question[c]) if figure == "text" else 1 for c in LETTERS]
         question[figure] = [x / length for x, length in zip(nats, lengths)], n
+
+
+# ---- likelihood of given answers -----------------------------------------------------------------
+
+def n_shared(a, b):
+    """How many elements two lists begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def answer_tree(prompt, answers, start):
+    """A prompt from its id `start` on, followed by all answers to it, as one row for the network.
+
+    Returns lists: ids; positions, that of each id in its own text; branches, 0 for the prompt and
+    1, 2, ... for the answers; and for every token of the answers, one answer after another, the
+    index in the row of the token that predicts it.
+    """
+    ids, positions = prompt[start:], list(range(start, len(prompt)))
+    branches, sources, last = [0] * len(ids), [], len(ids) - 1
+    for branch, answer in enumerate(answers, start=1):
+        n = len(answer) - 1                    # the last token of an answer is never an input
+        sources += [last, *range(len(ids), len(ids) + n)]
+        ids = ids + answer[:n]
+        positions += range(len(prompt), len(prompt) + n)
+        branches += [branch] * n
+    return ids, positions, branches, sources
+
+
+def tree_mask(positions, branches, starts):
+    """Who sees whom: (B, 1, T, S + T) bool, S = max(starts) tokens of the prefix before T of the row.
+
+    A token sees its own text: the prefix up to where its row starts, the prompt, and of its own
+    answer what came before. Padding (branch -1) sees padding, or its softmax would be NaN.
+    """
+    B, T = positions.shape
+    S = int(starts.max())
+    prefix = torch.arange(S, device=starts.device) < starts[:, None]                 # (B, S)
+    same_text = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+    earlier = positions[:, None] <= positions[:, :, None]                            # (B, T, T)
+    mask = torch.cat((prefix[:, None].expand(B, T, S), same_text & earlier), dim=-1)
+    return mask[:, None]
+
+
+def caches_after(model, known, S, B, T):
+    """KV caches of B rows with room for T tokens behind the first S of `known`, caches of one row."""
+    caches = empty_caches(model, B, S + T)
+    for cache, filled in zip(caches, known):
+        cache.append(*(t[:, :S].expand(B, -1, -1, -1) for t in (filled.k, filled.v)))
+    return caches
+
+
+@torch.inference_mode()
+def score(model, prefix, prompts, answers, batch_size):
+    """log P(answer | prompt) in nats, for each prompt a list of floats, one for each of its answers.
+
+    prefix: ids that go through the network once; every prompt reuses as many of them as it begins
+    with. prompts: lists of ids; answers: for each prompt a list of lists of ids, none empty. A
+    prompt with an answer has at most max_seq_len + 1 ids, as the last one is no input (ValueError
+    otherwise). batch_size: prompts at a time. All answers to a prompt stand in its row, so that the
+    prompt is read once: a tree of tokens as in Miao et al. 2023, arXiv:2305.09781.
+    """
+    device, size = model.norm.weight.device, model.config.max_seq_len
+    for prompt, choices in zip(prompts, answers, strict=True):
+        if not prompt or not all(choices) or len(prompt) + max(map(len, choices)) > size + 1:
+            raise ValueError(f"a prompt of {len(prompt)} tokens with answers of "
+                             f"{list(map(len, choices))}; each needs at least 1, both together at "
+                             f"most max_seq_len + 1 ({size + 1})")
+    prefix = prefix[:max(n_shared(prefix, prompt) for prompt in prompts)] if prompts else []
+    known = empty_caches(model, 1, len(prefix))
+    if prefix:
+        ids = torch.tensor([prefix], device=device)
+        model.hidden(ids, model.rope[:, :len(prefix)], None, known)
+    scores = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))               # little padding
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        starts = [min(n_shared(prefix, prompts[i]), len(prompts[i]) - 1) for i in batch]
+        rows = [answer_tree(prompts[i], answers[i], start) for i, start in zip(batch, starts)]
+        T = max(len(ids) for ids, *_ in rows)
+        padded = lambda part, fill: torch.tensor(
+            [row[part] + [fill] * (T - len(row[part])) for row in rows], device=device)
+        x, positions, branches = padded(0, 0), padded(1, 0), padded(2, -1)           # (B, T)
+        mask = tree_mask(positions, branches, torch.tensor(starts, device=device))
+        caches = caches_after(model, known, max(starts), len(batch), T)
+        h = model.hidden(x, model.rope[:, positions], mask, caches)                  # (B, T, C)
+        h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])                  # (answer tokens, C)
+        y = [id for i in batch for answer in answers[i] for id in answer]
+        log_p = iter(log_likelihoods(model, h, torch.tensor(y, device=device)))
+        for i in batch:
+            scores[i] = [sum(next(log_p) for _ in answer) for answer in answers[i]]
+    return scores
+
+
+def log_likelihoods(model, h, y):
+    """log P of each token y (N,) after the hidden state h (N, C), as a list."""
+    n = loss_rows(h.device)                    # all logits at once would be large
+    nats = [F.cross_entropy(model.head(part).float(), target, reduction="none")
+            for part, target in zip(h.split(n), y.split(n))]
+    return (-torch.cat(nats)).tolist()
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

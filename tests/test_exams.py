@@ -1,4 +1,4 @@
-"""extras/exams.py and model.score() against a loop without cache, batches or prefixes, and against transformers."""
+"""extras/exams.py against a loop without cache, batches or prefixes, and against transformers."""
 import base64
 import csv
 import io
@@ -15,7 +15,8 @@ import torch
 import runtime
 import tokenizer as tokenizers
 from extras import exams, huggingface
-from model import Model, ModelConfig, score
+from extras.exams import score
+from model import Model, ModelConfig
 
 from conftest import DID, WHERE, WHO, story
 
@@ -39,12 +40,12 @@ def alone(logits_of, prompt, answer):
     return sum(logits[len(prompt) - 1 + i, id].item() for i, id in enumerate(answer))
 
 
-# ---- model.score ----------------------------------------------------------------------------------------------------
+# ---- score() ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("options", [{}, dict(qk_norm=False, qkv_bias=True, n_kv_heads=4, tie_embeddings=False)])
 def test_scores_are_those_of_each_answer_alone(options, batch_size, monkeypatch):
-    monkeypatch.setattr("model.loss_rows", lambda device: 7)               # the logits come in several pieces
+    monkeypatch.setattr(exams, "loss_rows", lambda device: 7)               # the logits come in several pieces
     model, rng = network(97, max_seq_len=40, **options), random.Random(0)
     ids = lambda n: [rng.randrange(97) for _ in range(n)]
     prefix = ids(20)
