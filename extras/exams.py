@@ -140,6 +140,7 @@ def read_questions(path):
         reason = (f"{len(fields)} fields instead of {len(columns)}" if len(fields) != len(columns) else
                   "broken characters" if "\ufffd" in "".join(fields) else
                   "a question or option is missing" if not all(map(row.get, ("question", *"abcd"))) else
+                  "two options are equal" if len({row[c] for c in "abcd"}) < 4 else
                   "the answer is not A, B, C or D" if has_answers and row["answer"] not in list(LETTERS) else None)
         if reason:
             bad.setdefault(reason, []).append(line)
@@ -316,14 +317,22 @@ def choice(question, figure):
     return LETTERS[scores.index(max(scores))]
 
 
+def standard_error(share, n):
+    """Standard error of a share of n questions: half the width of Wilson's interval for z = 1.
+
+    The usual sqrt(share (1 - share) / n) is 0 when all of three answers are right. Wilson 1927.
+    """
+    return math.sqrt(share * (1 - share) / n + 1 / (4 * n * n)) / (1 + 1 / n)
+
+
 def accuracy(subjects, figure):
     """Accuracy on lists of questions, one a subject, in percent with standard errors: [mean of the subjects, share of
     all their questions together]."""
     rights = [[choice(q, figure) == q["answer"] for q in questions] for questions in subjects]
     shares, n = [sum(right) / len(right) for right in rights], sum(map(len, rights))
     macro, micro = sum(shares) / len(shares), sum(map(sum, rights)) / n
-    error = math.sqrt(sum(p * (1 - p) / len(right) for p, right in zip(shares, rights))) / len(shares)
-    both = (macro, error), (micro, math.sqrt(micro * (1 - micro) / n))
+    errors = [standard_error(share, len(right)) for share, right in zip(shares, rights)]
+    both = (macro, math.hypot(*errors) / len(errors)), (micro, standard_error(micro, n))
     return [f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in both]
 
 
@@ -356,6 +365,7 @@ def main():
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; --shots=0 asks without")
     saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
+    torch.set_float32_matmul_precision("highest")             # start() allows TF32, whose 10 bits turn close calls
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
 
@@ -392,7 +402,7 @@ def main():
     if n_answered < n_asked:
         said.append(f"{n_asked - n_answered} questions longer than {model.config.max_seq_len} tokens left out")
     if notes:
-        said.append(f"{sum(notes.values())} broken rows left out")
+        said.append(f"{sum(notes.values())} rows left out")
     page = report("; ".join(said), [*notes, *dev_notes], scored)
     with config.whole_file(f"{files}.md") as f:
         f.write(page)

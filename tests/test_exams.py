@@ -8,6 +8,7 @@ import random
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -191,7 +192,11 @@ def check(exam, made, sat, of_question):
 def shares(rights):
     """The figures of a row of the page: both ± both, from {subject: [right or not]}, the long way."""
     mean = lambda x: sum(x) / len(x)
-    variance = lambda x: mean([(y - mean(x)) ** 2 for y in x]) / len(x)
+
+    def variance(x):                                                       # Wilson: |q - mean| is one deviation of q
+        n, p = len(x), mean(x)
+        return ((np.roots([1 + 1 / n, -2 * p - 1 / n, p * p]) * [1, -1]).sum() / 2) ** 2
+
     together = [y for x in rights.values() for y in x]
     macro = mean([mean(x) for x in rights.values()]), math.sqrt(sum(map(variance, rights.values()))) / len(rights)
     return [f"{100 * p:.1f} ± {100 * e:.1f}" for p, e in (macro, (mean(together), math.sqrt(variance(together))))]
@@ -267,16 +272,17 @@ def test_broken_rows_are_counted_by_file_and_not_scored(tok, tmp_path, sit):
     save(tmp_path / "best.pt", network(tok.vocab_size), tok, "pretrain")
     folder = tmp_path / "exam" / "val"
     bad = [["少了", "一", "二", "三"], ["问", "一", "二", "三", "四", "E"], ["问", "一", "", "三", "四", "A"],
-           ["多了", "一", "二", "三", "四", "五", "A"], [" ", "一", "二", "三", "四", "B"], ["问", "一", "二", "三", "四", ""]]
+           ["多了", "一", "二", "三", "四", "五", "A"], [" ", "一", "二", "三", "四", "B"], ["问", "一", "二", "三", "四", ""],
+           ["问", "一", "二 ", "三", "二", "A"]]
     write_csv(folder / "logic_val.csv", numbered([GOOD[0], *bad, *GOOD[1:]]), HEADER)
     write_csv(folder / "law_val.csv", numbered(GOOD), HEADER)
     with open(folder / "law_val.csv", "a", encoding="utf-8") as f:
         f.write('3,"没有结束,一,二,三,四,A\n4,被吞掉了,一,二,三,四,B\n')
     sat = sit("ceval", "val", shots=0)
-    assert [row["subject"] + row["id"] for row in sat.rows] == "law0 law1 law2 logic0 logic7 logic8".split()
-    assert "of all 6 questions together" in sat.page and "; 7 broken rows left out" in sat.page.splitlines()[0]
+    assert [row["subject"] + row["id"] for row in sat.rows] == "law0 law1 law2 logic0 logic8 logic9".split()
+    assert "of all 6 questions together" in sat.page and "; 8 rows left out" in sat.page.splitlines()[0]
     for note in ("logic_val.csv: 1 rows left out, 5 fields instead of 7 (line 3)", "(line 4, 8)", "missing (line 5, 7)",
-                 "8 fields instead of 7 (line 6)", "law_val.csv: 1 rows left out, broken CSV", "(line 5)"):
+                 "8 fields instead of 7 (line 6)", "two options are equal (line 9)", "law_val.csv: 1 rows left out, broken CSV", "(line 5)"):
         assert note in sat.said, note
 
 
@@ -315,6 +321,26 @@ def test_gbk_and_a_byte_order_mark_are_read_and_utf_16_is_refused_in_a_sentence(
     path.write_text("id,question,A,B,C,answer\n0,问,一,二,三,A\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="logic_val.csv.*D are needed"):
         exams.read_questions(str(path))
+
+
+def test_float32_is_not_tf32(tok, tmp_path, sit, monkeypatch):
+    """As on a GPU, where runtime.start() allows TF32."""
+    save(tmp_path / "best.pt", network(tok.vocab_size), tok, "pretrain")
+    write_csv(tmp_path / "exam/val/logic_val.csv", numbered(GOOD), HEADER)
+    start, before = runtime.start, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(runtime, "start", lambda device: torch.set_float32_matmul_precision("high") or start(device))
+    sit("ceval", "val", shots=0)
+    now = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert now == "highest"
+
+
+def test_of_few_questions_the_error_is_not_zero(monkeypatch):
+    monkeypatch.setattr(exams, "choice", lambda question, figure: "A")
+    three = [{"answer": "A"}] * 3
+    assert exams.accuracy([three, three], "text") == ["100.0 ± 8.8", "100.0 ± 7.1"]     # Wilson: 1 / 8, 1 / 14
+    many = [{"answer": "A"}] * 1000 + [{"answer": "B"}] * 1000
+    assert exams.accuracy([many], "text") == ["50.0 ± 1.1"] * 2                         # sqrt(1 / 4 / 2000)
 
 
 def test_folders_without_questions_or_examples_end_in_a_sentence(tok, tmp_path, sit):
