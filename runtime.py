@@ -4,6 +4,7 @@ checkpoints, the log and its picture. Knows nothing of what is inside the networ
 import csv
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -394,6 +395,15 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("format") != FORMAT or not needed <= state.keys():
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     return state
+
+
+def fingerprint(path):
+    """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:8]
 
 
 def load_with_tokenizer(path, tokenizer=""):

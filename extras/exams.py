@@ -386,7 +386,7 @@ def main():
 
     scored = {subject: questions for subject, questions in answered.items() if questions and questions[0]["answer"]}
     n_asked, n_answered, n_scored = (sum(map(len, part.values())) for part in (subjects, answered, scored))
-    said = [f"{checkpoint} on {title} {part}, {shots} shots"]
+    said = [f"{checkpoint} ({runtime.fingerprint(checkpoint)}): {title} {part}, {shots} shots"]
     if scored:
         (letter, letters), (text, texts) = (accuracy(scored.values(), figure) for figure in FIGURES)
         said.append(f"accuracy by letter {letter} %, by text {text} %, chance 25 % (mean of {len(scored)} subjects ± "

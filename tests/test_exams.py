@@ -1,6 +1,7 @@
 """extras/exams.py against a loop without cache, batches or prefixes, and against transformers."""
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -224,6 +225,8 @@ def test_an_exam_is_that_of_a_loop_over_questions_and_options(exam, stage, shots
     n = sum(map(len, rights["text"].values()))
     assert f"| all | {n} | {' | '.join(figures)} |" in sat.page.splitlines()
     summary = sat.page.splitlines()[0]
+    digest = hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()
+    assert summary.startswith(f"{tmp_path}/best.pt ({digest[:8]}): ")       # report.py compares it
     assert f"by letter {figures[0]} %, by text {figures[2]} %, chance 25 %" in summary and sat.page in sat.said
     for subject in made:
         assert f"| {subject} | {len(rights['text'][subject])} | " in sat.page

@@ -1,7 +1,9 @@
 """extras/report.py through the scripts: a run that was interrupted, an evaluation, and the page that is made of them."""
 import csv
+import hashlib
 import json
 import re
+import shutil
 
 import pytest
 
@@ -25,7 +27,7 @@ def folder(tok, pretrain_dir, sft_dir, tmp_path_factory):
     pretrain = ["pretrain.py", path, *SMALL, "--dim=32", "--n_layers=1", "--n_heads=2", "--eval_interval=3",
                 f"--max_seq_len={meta['longest']}", "--sample_prompts=从前|今天"]
     for script, cwd, *arguments in (
-            [*pretrain, "--max_steps=4"], [*pretrain, "--max_steps=7", "--resume"],
+            [*pretrain, "--max_steps=4", "--overwrite"], [*pretrain, "--max_steps=7", "--resume"],
             ["extras.report", path, "--device=cpu"],
             ["sft.py", path, *SMALL, "--max_steps=5", "--eval_interval=2", "--sample_prompts=你是谁？"],
             ["eval_bleu.py", path, "--questions=q.jsonl", "--max_new_tokens=9", "--device=cpu"],
@@ -70,6 +72,34 @@ def test_the_summary_of_an_evaluation_is_quoted_and_its_page_linked(folder):
     assert re.search(r"BLEU-4 \d+\.\d\d on 2 questions", summary)
     assert f"- {summary} ([bleu.md](bleu.md))" in sections(folder)[0]
     assert "Report card" not in sections(folder)[0].removeprefix("# Report card"), "pretraining's own report is no evaluation"
+
+
+def test_a_score_is_shown_beside_the_checkpoint_that_it_belongs_to_only(folder, tmp_path):
+    """BLEU of best.pt as it was, an exam of best.pt as it is, notes in GBK, and then best.pt of another run."""
+    shutil.copytree(folder / "out/sft", tmp_path / "run")
+    (tmp_path / "tok.model").write_bytes((folder / "tok.model").read_bytes())
+    best = tmp_path / "run/best.pt"
+    saved = runtime.load_checkpoint(str(best))
+    runtime.save_checkpoint(str(best), {**saved, "step": 99})
+    now = hashlib.sha256(best.read_bytes()).hexdigest()[:8]
+    (tmp_path / "run/ceval_val.md").write_text(f"run/best.pt ({now}): C-Eval val, 25.0 %\n\nmore\n", "utf-8")
+    (tmp_path / "run/notes.md").write_bytes("笔记：BLEU 99".encode("gbk"))
+
+    def scores():
+        done = run("extras.report", tmp_path, "--device=cpu", "--max_new_tokens=1", "--pretrain_dir=", "--sft_dir=run")
+        assert done.rc == 0, done.err
+        return (tmp_path / "run/report.md").read_text("utf-8").split("\n## ")[0]
+    assert f"- run/best.pt ({now}): C-Eval val, 25.0 % ([ceval_val.md](ceval_val.md))\n" in scores()
+    assert "BLEU" not in scores() and "[bleu.md](bleu.md) scores another checkpoint" in scores()
+    runtime.save_checkpoint(str(best), {**saved, "step": 100})
+    assert "25.0" not in scores() and "[ceval_val.md](ceval_val.md) scores another checkpoint" in scores()
+
+
+def test_the_command_to_copy_does_not_destroy_the_run(folder):
+    _, pretrain, sft = sections(folder)
+    for page, name in (pretrain, "pretrain"), (sft, "sft"):
+        assert re.search(rf"\n    python {name}\.py --.*--max_steps=\d", page)
+        assert "--overwrite" not in page and "--resume" not in page
 
 
 def test_samples_continue_the_prompts_and_pictures_are_linked(folder):
