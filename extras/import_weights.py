@@ -4,9 +4,9 @@
     python -m extras.import_weights --source=epoch_4.pth --tokenizer=chatglm_tokenizer/tokenizer.model
     python sample.py --checkpoint=out/imported/best.pt --prompt=你好
 
-The source is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a .pth file of baby-llama2-chinese. Such a file
-holds weights only: width, depth, vocabulary and key/value heads are read from them, the constants give the rest. Source
-of that format: DLLXW/baby-llama2-chinese, model.py.
+The source is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a .pth file of
+baby-llama2-chinese. Such a file holds weights only: width, depth, vocabulary and key/value heads
+are read from them, the constants give the rest. Source: DLLXW/baby-llama2-chinese, model.py.
 """
 import os
 import pickle
@@ -43,7 +43,8 @@ def read_pth():
         raise SystemExit(f"{source}: cannot be read as weights ({reason})") from None
     is_tensor = lambda w: isinstance(w, torch.Tensor)
     if not isinstance(weights, dict) or not all(map(is_tensor, weights.values())):
-        raise SystemExit(f"{source}: does not hold named tensors alone; save the model's state_dict()")
+        raise SystemExit(f"{source}: does not hold named tensors alone; "
+                         "save the model's state_dict()")
     named = {}
     for name, w in weights.items():
         name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)     # prefixes of torch.compile and DDP
@@ -61,7 +62,7 @@ def halves(w, head_dim):
 
 
 def baby_llama2(tok):
-    """(shape, weights) of a .pth; SystemExit if they do not go with the constants or the tokenizer."""
+    """(shape, weights) of a .pth; SystemExit if constants or tokenizer do not fit them."""
     weights = read_pth()
     needed = ["embedding.weight", "head.weight", "blocks.0.attention.wk.weight",
               "blocks.0.ffn.w1.weight"]
@@ -74,15 +75,17 @@ def baby_llama2(tok):
         raise SystemExit(f"{source}: has {vocab_size:,} tokens, but {tok.name} {tok.vocab_size:,}; "
                          "name the tokenizer that it was trained with")
     if dim % n_heads or len(wk) % (dim // n_heads):
-        raise SystemExit(f"--n_heads={n_heads}: does not go with a width of {dim} and keys of {len(wk)}")
+        raise SystemExit(f"--n_heads={n_heads}: does not go with a width of {dim} and keys of "
+                         f"{len(wk)}")
     head_dim = dim // n_heads
     for name in weights:
         if name.endswith(("wq.weight", "wk.weight")):
             weights[name] = halves(weights[name], head_dim)
     n_layers = sum(name.endswith("attention.wq.weight") for name in weights)
     try:
-        shape = ModelConfig(vocab_size, dim, n_layers, n_heads, len(wk) // head_dim, hidden_dim=len(w1),
-                            max_seq_len=max_seq_len, norm_eps=norm_eps, tie_embeddings=head.equal(embedding))
+        shape = ModelConfig(vocab_size, dim, n_layers, n_heads, len(wk) // head_dim,
+                            hidden_dim=len(w1), max_seq_len=max_seq_len, norm_eps=norm_eps,
+                            tie_embeddings=head.equal(embedding))
     except ValueError as error:
         raise SystemExit(f"{source}: {error}") from None
     return shape, weights
@@ -96,8 +99,8 @@ def main():
     if os.path.isdir(source):
         shape, weights, tok, is_chat = huggingface.read_folder(source, tokenizer)
     elif not tokenizer:
-        raise SystemExit(f"{source}: not a folder; with a .pth file, --tokenizer= names the sentencepiece "
-                         "file that it was trained with")
+        raise SystemExit(f"{source}: not a folder; with a .pth file, --tokenizer= names the "
+                         "sentencepiece file that it was trained with")
     else:
         tok, is_chat = tokenizers.load(tokenizer), True
         shape, weights = baby_llama2(tok)
