@@ -14,8 +14,8 @@ demo: .venv/demo
 	$(PYTHON) sft.py $(DEMO) --checkpoint=out/demo/pretrain/best.pt --data_dir=data/demo/sft --out_dir=out/demo/sft --overwrite --batch_tokens=2048 --epochs=3 --lr=3e-3 --muon_lr=4e-3 --eval_interval=200
 	$(PYTHON) sample.py --checkpoint=out/demo/pretrain/best.pt --prompt=从前 --n_samples=3
 	$(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt --prompt=请讲一个小兔和小熊的故事。
-	$(PYTHON) eval_bleu.py --checkpoint=out/demo/sft/best.pt --questions=data/demo/heldout.jsonl --n_questions=0 --out=out/demo/sft/bleu.md
-	$(PYTHON) report.py --pretrain_dir=out/demo/pretrain --sft_dir=out/demo/sft
+	$(PYTHON) eval_bleu.py --checkpoint=out/demo/sft/best.pt --questions=data/demo/heldout.jsonl --n_questions=0
+	$(PYTHON) -m extras.report --pretrain_dir=out/demo/pretrain --sft_dir=out/demo/sft
 	@echo; echo "all of it on a page: out/demo/sft/report.md   stories: out/demo/pretrain   answers: out/demo/sft/bleu.md"
 	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
 

@@ -30,7 +30,10 @@ def override(namespace, argv=None):
     """
     is_script = namespace["__name__"] in ("__main__", "__mp_main__")     # __mp_main__: a spawned worker reads it again
     argv = (sys.argv[1:] if is_script else []) if argv is None else argv
-    source, script = constants_of(namespace["__file__"]), os.path.basename(namespace["__file__"])
+    source, module = constants_of(namespace["__file__"]), namespace.get("__spec__")
+    script = os.path.basename(namespace["__file__"])
+    if is_script and module:                                             # run as python -m extras.NAME
+        script = f"python -m {module.name}"
     if "--help" in argv or "-h" in argv:
         width = max(len(f"{name}={namespace[name]!r}") for name in source)
         lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}" for name, comment in source.items()]

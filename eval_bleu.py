@@ -7,6 +7,7 @@ with the reference, not whether it is right: read the table.
 """
 import json
 import math
+import os
 import re
 from collections import Counter
 
@@ -18,7 +19,7 @@ import corpora
 import runtime
 from model import Model, generate
 
-checkpoint         = "out/sft/best.pt"      # of sft.py, or a Hugging Face folder
+checkpoint         = "out/sft/best.pt"      # of sft.py
 tokenizer          = ""                     # empty: the one that the checkpoint names
 questions          = "data/sft/test.jsonl"  # {"messages": [...]} a line; the last assistant turn is the reference
 n_questions        = 100                    # take this many from the front of the file; 0: all
@@ -26,7 +27,7 @@ batch_size         = 16                     # questions answered side by side
 max_new_tokens     = 256                    # of an answer at most
 temperature        = 0.0                    # 0: always the most likely token
 repetition_penalty = 1.0                    # above 1: tokens that have occurred become less likely
-out                = "out/sft/bleu.md"      # the table of prompts, references, answers and scores
+out                = ""                     # the table of answers and scores; empty: bleu.md beside the checkpoint
 device             = "auto"                 # auto | cuda | mps | cpu
 dtype              = "auto"                 # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
 config.override(globals())
@@ -138,13 +139,14 @@ def main():
     summary = (f"BLEU-4 {bleu(sums):.2f} on {len(rows)} questions; mean sentence BLEU {sum(scores) / len(rows):.2f}; "
                f"length ratio {sums[0] / max(1, sums[1]):.3f}; {exact} answers equal to the reference")
     cell = lambda text: text.replace("|", "\\|").replace("\n", "<br>")
-    with config.whole_file(out) as f:
-        f.write(f"{checkpoint}: {summary}\n\n| question | reference | answer | BLEU |\n|---|---|---|---|\n")
+    page = out or os.path.join(os.path.dirname(checkpoint), "bleu.md")
+    with config.whole_file(page) as f:               # report.py compares the fingerprint
+        f.write(f"{checkpoint} ({runtime.fingerprint(checkpoint)}): {summary}\n\n| question | reference | answer | BLEU |\n|---|---|---|---|\n")
         for (question, reference, answer), score in zip(rows, scores):
             f.write(f"| {cell(question)} | {cell(reference)} | {cell(answer)} | {score:.1f} |\n")
     for question, reference, answer in rows[::max(1, len(rows) // 8)][:8]:
         print(f"  | {question} -> {answer}" + f"   (reference: {reference})" * (answer != reference))
-    print(f"{summary}\ntable: {out}")
+    print(f"{summary}\ntable: {page}")
 
 
 if __name__ == "__main__":

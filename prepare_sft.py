@@ -45,10 +45,11 @@ augment_delete = 0.05                             # probability that a character
 augment_repeat = 0.05                             # probability that it stands there twice
 workers        = 0                                # processes; 0: one per core
 seed           = 1337                             # of the augmentation, from 0 up
-show           = 0                                # print so many training examples with what is learnt marked
+show           = 0                                # print so many training examples, at least one of each corpus, with what is learnt marked
 constants = config.override(globals())
 
 FORMAT = 1
+TOO_LONG = "longer than max_seq_len"              # a reason to drop a record
 BATCH = 100                                       # records that a worker is given at a time
 NOT_IN_THE_BYTES = ("data_dir", "workers", "show")  # constants that do not change what is written
 SPLITS = {"train": ("bin", "mask", "idx"), "val": ("bin", "mask", "idx"), "test": ("jsonl",)}
@@ -122,7 +123,7 @@ def fit(messages):
             break
         found = kept, ids, mask
     if not found:
-        raise corpus_reader.Bad("longer than max_seq_len")
+        raise corpus_reader.Bad(TOO_LONG)
     return found
 
 
@@ -154,9 +155,10 @@ def results(n_workers):
 
 
 def write(files, results):
-    """Write the examples as they come; {"train": figures, "val": ..., "test": ...} and {corpus: figures}."""
+    """Write the examples as they come; returns {"train": figures, "val": ..., "test": ...}, {corpus: figures}, and
+    the number of each corpus' first training example."""
     splits = {split: new_figures(dropped=False) for split in SPLITS}
-    by_corpus, seen = defaultdict(new_figures), set()
+    by_corpus, seen, first = defaultdict(new_figures), set(), {}
     for split in "train", "val":
         files[split, "idx"].write(np.int64(0).astype("<i8").tobytes())
     for corpus, result in results:
@@ -180,10 +182,12 @@ def write(files, results):
             line = {"messages": result["messages"], "corpus": corpus}
             files["test", "jsonl"].write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
         else:
+            if split == "train":
+                first.setdefault(corpus, splits["train"]["examples"] - 1)
             files[split, "bin"].write(result["ids"].tobytes())
             files[split, "mask"].write(result["mask"].tobytes())
             files[split, "idx"].write(np.int64(splits[split]["tokens"]).astype("<i8").tobytes())
-    return splits, by_corpus
+    return splits, by_corpus, list(first.values())
 
 
 def new_figures(dropped=True):
@@ -194,7 +198,7 @@ def new_figures(dropped=True):
 # ---- what the user sees -----------------------------------------------------------------------------------------
 
 def print_report(splits, by_corpus):
-    """A row per corpus and per split; below it why records were dropped. targets: tokens on which the loss counts."""
+    """A row per corpus and per split; behind it why records were dropped."""
     width = max(map(len, by_corpus)) + 2
     columns = ("records", "examples", "tokens", "targets", "longest", "shortened", "augmented")
     print(f"\n{'':<{width}}" + "".join(f"{c:>12}" for c in columns) + "   dropped")
@@ -202,9 +206,28 @@ def print_report(splits, by_corpus):
         dropped = figures.get("dropped", {})
         print(f"{name:<{width}}" + "".join(f"{figures[c]:>12,}" if c in figures else f"{'':>12}" for c in columns)
               + "   " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(dropped.items())))
+    print("targets: tokens that count in the loss; shortened: dialogues that lost early turns to fit max_seq_len; "
+          "augmented: those whose questions were changed")
+    records = sum(figures["records"] for figures in by_corpus.values())
+    too_long = sum(figures["dropped"][TOO_LONG] for figures in by_corpus.values())
+    if too_long > records / 20:
+        print(f"{too_long:,} of {records:,} records were dropped because they are longer than "
+              f"--max_seq_len={max_seq_len}: a larger one keeps them, for a model whose context is as long")
 
 
-def print_examples(tok, n):
+def spread(n, first, total):
+    """The numbers of about n of `total` examples: as many of each corpus, at least one, and spread over all of it.
+
+    first: the number of each corpus' first example.
+    """
+    numbers, ends = [], [*first[1:], total]
+    for i, (begin, end) in enumerate(zip(first, ends)):
+        share = max(1, n * (i + 1) // len(first) - n * i // len(first)) if n else 0
+        numbers += sorted({begin + j * (end - begin) // share for j in range(share)})
+    return numbers
+
+
+def print_examples(tok, n, first):
     """Print n training examples, read back from the files, with everything that the loss counts on marked."""
     tokens, mask, idx = (np.memmap(f"{data_dir}/train.{kind}", dtype, "r")
                          for kind, dtype in (("bin", "<u2"), ("mask", "u1"), ("idx", "<i8")))
@@ -212,9 +235,7 @@ def print_examples(tok, n):
     names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: tokenizers.CHATML[0],
              tok.end_id: tokenizers.CHATML[1] if tok.start_id is not None else "<|end|>"}
     names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
-    n = min(n, len(idx) - 1)
-    for i in range(n):
-        example = i * (len(idx) - 1) // n                          # spread over all corpora
+    for example in spread(n, first, len(idx) - 1):
         part = slice(idx[example], idx[example + 1])
         print(f"\n--- example {example} of train.bin: {idx[example + 1] - idx[example]} tokens, the loss counts on "
               f"{int(mask[part].sum())}, marked {on}like this{off}")
@@ -250,7 +271,7 @@ def main():
         files = {(split, kind): stack.enter_context(config.whole_file(f"{data_dir}/{split}.{kind}", "wb"))
                  for split, kinds in SPLITS.items() for kind in kinds}
         with closing(results(workers or os.cpu_count())) as found:
-            splits, by_corpus = write(files, found)
+            splits, by_corpus, first = write(files, found)
         if not splits["train"]["examples"]:
             reasons = sum((figures["dropped"] for figures in by_corpus.values()), Counter())
             raise SystemExit(f"{corpora}: no dialogue is left to train on; records dropped: {dict(reasons)}")
@@ -260,7 +281,7 @@ def main():
                 "constants": {name: value for name, value in constants.items() if name not in NOT_IN_THE_BYTES}}
         json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print_report(splits, by_corpus)
-    print_examples(tok, show)
+    print_examples(tok, show, first)
     print(f"\nwrote {data_dir}: {splits['train']['examples']:,} examples to train on, {splits['val']['examples']:,} to "
           f"validate, {splits['test']['examples']:,} to test")
 

@@ -25,7 +25,7 @@ data_dir       = "data/pretrain"         # train.bin, val.bin, meta.json
 out_dir        = "out/pretrain"          # last.pt, best.pt, log.csv, curve.png
 resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
 overwrite      = False                   # start anew although out_dir holds a run
-init_from      = ""                      # start from these weights: a checkpoint or a Hugging Face folder; empty: anew
+init_from      = ""                      # start from the weights of this checkpoint; empty: anew
 # model; the defaults are 34 M parameters with a vocabulary of 16,384; init_from brings all of it but max_seq_len
 dim            = 512                     # width
 n_layers       = 8                       # depth

@@ -4,6 +4,7 @@ checkpoints, the log and its picture. Knows nothing of what is inside the networ
 import csv
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -428,12 +429,11 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, device="cpu"):
     """The dict that save_checkpoint() wrote; SystemExit if it is missing, not whole, newer, or holds more than data.
 
-    A folder is one of Hugging Face, and read as if it were a checkpoint.
     weights_only: a checkpoint from elsewhere can carry tensors and plain values, but no code that runs.
     """
     if os.path.isdir(path):
-        import huggingface                                    # needs safetensors, which few runs do
-        return {"format": FORMAT, **huggingface.read_folder(path)}
+        raise SystemExit(f"{path}: a folder, not a checkpoint; `python -m extras.import_weights --source={path}` makes "
+                         "one of a Hugging Face folder")
     if not os.path.exists(path):
         raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
     try:
@@ -445,6 +445,15 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("format") != FORMAT or not needed <= state.keys():
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     return state
+
+
+def fingerprint(path):
+    """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:8]
 
 
 def load_with_tokenizer(path, tokenizer=""):

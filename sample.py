@@ -14,7 +14,7 @@ import runtime
 import tokenizer as tokenizers
 from model import Model, generate
 
-checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues; or a Hugging Face folder
+checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
 prompt             = ""                 # empty: a chat, or with a pretrained checkpoint a text from nothing
 prompt_file        = ""                 # take the prompt from this file instead
@@ -30,13 +30,18 @@ dtype              = "auto"             # auto (bfloat16 where the device has it
 config.override(globals())
 
 
+def longest_prompt(model):
+    """Tokens of the longest prompt: a quarter of the context is enough for most answers."""
+    context = model.config.max_seq_len
+    return context - min(max_new_tokens, context // 4)
+
+
 def stream(model, tok, ids, stop_ids, generator, continues=False):
     """Print the continuation of ids as it comes; returns its text. Ctrl-C ends it."""
-    context = model.config.max_seq_len
-    room = context - min(max_new_tokens, context // 2)
-    if len(ids) > room:
+    context, longest = model.config.max_seq_len, longest_prompt(model)
+    if len(ids) > longest:
         print(f"[the prompt has {len(ids)} tokens, the context {context}: only its end is read]", file=sys.stderr)
-        ids = ids[:1] + ids[len(ids) - room + 1:]              # its beginning is bos, or the first word
+        ids = ids[:1] + ids[len(ids) - longest + 1:]           # its beginning is bos, or the first word
     decoder, text, n, began = tokenizers.StreamDecoder(tok), "", 0, time.perf_counter()
     if continues:
         for id in ids:                                         # what comes is in the middle of a text, not its beginning
@@ -50,28 +55,36 @@ def stream(model, tok, ids, stop_ids, generator, continues=False):
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(decoder.flush())
-    print(f"[{n} tokens, {n / (time.perf_counter() - began):.0f} tokens/s]", file=sys.stderr)
+    full = ", the context is full" if len(ids) + n >= context else ""
+    print(f"[{n} tokens, {n / (time.perf_counter() - began):.0f} tokens/s{full}]", file=sys.stderr)
     return text
 
 
 def chat(model, tok, generator):
     """Questions from the keyboard, until Ctrl-D; the oldest exchanges are forgotten when the context is full."""
-    print("Type a question; an empty line starts a new conversation, Ctrl-D ends.", file=sys.stderr)
-    messages = []
+    print("Type a question; /new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    messages, interrupted = [], False
     while True:
         try:
             question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            interrupted = False
+            if question == "/new":
+                messages = []
+            elif question:
+                asked = messages + [{"role": "user", "content": question}]
+                while len(asked) > 1 and len(tok.prompt(asked)) > longest_prompt(model):
+                    asked = asked[2:]
+                answer = stream(model, tok, tok.prompt(asked), tok.stop_ids, generator)
+                messages = asked + [{"role": "assistant", "content": answer}]
+        except KeyboardInterrupt:                              # meant for the line, or came just after an answer
+            print()
+            if interrupted:
+                return
+            interrupted = True
+            print("[Ctrl-C again or Ctrl-D ends]", file=sys.stderr)
+        except EOFError:
             print()
             return
-        if not question:
-            messages = []
-            continue
-        messages.append({"role": "user", "content": question})
-        while len(messages) > 1 and len(tok.prompt(messages)) + max_new_tokens > model.config.max_seq_len:
-            messages = messages[2:]
-        answer = stream(model, tok, tok.prompt(messages), tok.stop_ids, generator)
-        messages.append({"role": "assistant", "content": answer})
 
 
 def main():
@@ -94,7 +107,9 @@ def main():
     answers = saved["stage"] == "sft"
     if answers and not text:
         return chat(model, tok, generator)
-    for _ in range(n_samples):
+    for i in range(n_samples):
+        if n_samples > 1:
+            print(f"--- {i + 1} of {n_samples} ---")
         if answers:
             stream(model, tok, tok.prompt([{"role": "user", "content": text}]), tok.stop_ids, generator)
         else:

@@ -19,7 +19,7 @@ from model import IGNORE, Model, generate
 from optim import make_optimizers
 
 # data
-checkpoint     = "out/pretrain/best.pt"  # the pretrained model to start from: a checkpoint or a Hugging Face folder
+checkpoint     = "out/pretrain/best.pt"  # the pretrained model to start from
 tokenizer      = "data/tokenizer.model"  # the one that prepare_sft.py was given
 data_dir       = "data/sft"              # {train,val}.{bin,mask,idx}, meta.json
 out_dir        = "out/sft"               # last.pt, best.pt, log.csv, curve.png

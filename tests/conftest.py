@@ -56,6 +56,16 @@ def other_tok(tmp_path_factory):
     return train_tokenizer(tmp_path_factory.mktemp("other") / "other.model", 380, seed=1)
 
 
+def import_weights(source, out, **constants):
+    """extras/import_weights.py on a folder or a .pth; returns the path of the checkpoint."""
+    from extras import import_weights as script
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(constants, source=str(source), out=str(out)).items():
+            patch.setattr(script, name, value)
+        script.main()
+    return str(out)
+
+
 def write_meta(folder, tok, **parts):
     meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
             "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": 0, **parts}
@@ -106,16 +116,21 @@ def sft_dir(tok, tmp_path_factory):
 
 
 def run(script, cwd, *args, stdin="", torchrun=0, code=None, timeout=200):
-    """Run a script; returns .rc, .out, .err. torchrun: with this many processes; code: Python that runs before it."""
+    """Run a script, or a module of extras by its name with a dot; returns .rc, .out, .err.
+
+    torchrun: with this many processes; code: Python that runs before it.
+    """
+    is_script = script.endswith(".py")
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--rdzv_backend=c10d",
                     "--rdzv_endpoint=localhost:0"]
     if code:
+        call = f"run_path({str(ROOT / script)!r}" if is_script else f"run_module({script!r}"
         command += ["-c", f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
-                          f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"]
+                          f"runpy.{call}, run_name='__main__')"]
     else:
-        command.append(str(ROOT / script))
+        command += [str(ROOT / script)] if is_script else ["-m", script]
     done = subprocess.run([*command, *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True,
-                          encoding="utf-8", timeout=timeout, env={**os.environ, "PYTHONUTF8": "1"})
+                          encoding="utf-8", timeout=timeout, env={**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)})
     return SimpleNamespace(rc=done.returncode, out=done.stdout, err=done.stderr)

@@ -1,4 +1,4 @@
-"""bench.py: that it measures what training does, and writes all of it down. How fast that is, no test can say."""
+"""extras/bench.py: that it measures what training does, and writes all of it down. How fast that is, no test can say."""
 import json
 import math
 import random
@@ -11,9 +11,9 @@ from conftest import run, story, train_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import pretrain
 import runtime
+from extras import bench
 from model import Model, ModelConfig
 from optim import make_optimizers
 
@@ -22,7 +22,7 @@ SHAPE = dict(vocab_size=5000, dim=64, n_layers=2, n_heads=2, max_seq_len=48)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What `python bench.py` wrote and printed, at a tiny shape."""
+    """What `python -m extras.bench` wrote and printed, at a tiny shape."""
     folder = tmp_path_factory.mktemp("bench")
     train_tokenizer(folder / "our.model", 400)
     rng = random.Random(4)
@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
     constants = dict(SHAPE, micro_batch=3, batch_tokens=1440, new_tokens=6, repeats=1, device="cpu", dtype="float32",
                      compile="off", tokenizer="our.model", corpora="text:text.jsonl", text_bytes=50_000,
                      out="bench.json")
-    done = run("bench.py", folder, *(f"--{name}={value}" for name, value in constants.items()))
+    done = run("extras.bench", folder, *(f"--{name}={value}" for name, value in constants.items()))
     assert done.rc == 0, done.err
     return json.loads((folder / "bench.json").read_text("utf-8")), done.out
 

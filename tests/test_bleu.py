@@ -1,4 +1,5 @@
 """eval_bleu.py against sacrebleu, and end to end."""
+import hashlib
 import json
 import random
 import re
@@ -82,14 +83,15 @@ def test_the_script_answers_and_writes_a_table(tok, tmp_path, monkeypatch, capsy
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             f.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     for name, value in dict(checkpoint=str(tmp_path / "best.pt"), questions=str(tmp_path / "test.jsonl"), n_questions=4,
-                            batch_size=2, max_new_tokens=6, out=str(tmp_path / "bleu.md"),
-                            device="cpu", dtype="float32").items():
+                            batch_size=2, max_new_tokens=6, device="cpu", dtype="float32").items():
         monkeypatch.setattr(eval_bleu, name, value)
     eval_bleu.main()
     said, table = capsys.readouterr().out, (tmp_path / "bleu.md").read_text("utf-8")
     assert "1 questions are longer than the context" in said and re.search(r"BLEU-4 \d+\.\d\d on 3 questions", said)
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3 and all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows), table
+    digest = hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()
+    assert table.startswith(f"{tmp_path}/best.pt ({digest[:8]}): BLEU-4 ")    # beside the checkpoint, and names it
     assert "一加一是几？<br>是 a\\|b 吗？" in table and "第五" not in table
 
 

@@ -102,8 +102,8 @@ def test_an_imported_script_ignores_the_command_line(override, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("script",
-                         sorted(p.name for p in ROOT.glob("*.py") if "override(globals())" in p.read_text("utf-8")
-                                          and p.name != "config.py"))
+                         sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
+                                if "override(globals())" in p.read_text("utf-8") and p.name != "config.py"))
 def test_every_constant_of_every_script_has_a_comment(script):
     comments = config.constants_of(ROOT / script)
     assert comments and [name for name, comment in comments.items() if not comment] == []

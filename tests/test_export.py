@@ -1,4 +1,4 @@
-"""export.py against transformers: its models and tokenizers read what was exported, and gguf's reader the rest."""
+"""extras/export.py against transformers: its models and tokenizers read what was exported, and gguf's reader the rest."""
 import json
 import random
 import sys
@@ -10,12 +10,12 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from conftest import dialogue, run, story
+from conftest import dialogue, import_weights, run, story
 
-import export
 import runtime
 import tokenizer
 import train_tokenizer
+from extras import export
 from model import Model, ModelConfig, generate
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
@@ -119,10 +119,10 @@ def test_the_chat_template_renders_what_sft_trains_on(exported, spaced):
         theirs.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_our_stages_read_the_folder_again(exported, tok):
+def test_the_folder_imported_again_is_the_same_model(exported, tok, tmp_path):
     for stage in ("sft", "pretrain"):
         folder, model = exported(stage=stage, **KINDS["Llama scaled"])
-        saved = runtime.load_checkpoint(str(folder))
+        saved = runtime.load_checkpoint(import_weights(folder, tmp_path / "again.pt"))
         assert saved["stage"] == stage and saved["shape"] == vars(model.config)
         assert saved["tokenizer_sha256"] == tok.sha256 == tokenizer.load(saved["tokenizer"]).sha256
         assert all(torch.equal(w, saved["model"][name]) for name, w in model.state_dict().items())
@@ -147,7 +147,8 @@ def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_t
     assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == tok.prompt(messages)
     messages.append({"role": "assistant", "content": "好。"})
     assert again.apply_chat_template(messages, return_dict=False) == tok.render(messages)[0]
-    assert runtime.load_checkpoint(str(folder))["tokenizer_sha256"] == tok.sha256
+    imported = import_weights(folder, tmp_path / "again.pt")
+    assert runtime.load_checkpoint(imported)["tokenizer_sha256"] == tok.sha256
     with pytest.raises(SystemExit, match="convert_hf_to_gguf"):
         exported("model.gguf", tok=tok)
 
@@ -266,9 +267,9 @@ def test_one_line_says_what_to_install(exported, tmp_path, monkeypatch, out, pac
 def test_the_script_without_gguf_and_with_it(exported, tmp_path):
     exported()
     arguments = "--checkpoint=best.pt", "--out=m.gguf", "--dtype=q8_0"
-    done = run("export.py", tmp_path, *arguments, code="sys.modules['gguf'] = None")
+    done = run("extras.export", tmp_path, *arguments, code="sys.modules['gguf'] = None")
     assert done.rc == 1 and done.err.count("\n") == 1 and "pip install gguf" in done.err
-    assert run("export.py", tmp_path, *arguments).rc == 0 and gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    assert run("extras.export", tmp_path, *arguments).rc == 0 and gguf.GGUFReader(tmp_path / "m.gguf").tensors
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(exported, other_tok, monkeypatch):

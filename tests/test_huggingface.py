@@ -10,11 +10,10 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import dialogue, run, story
+from conftest import dialogue, import_weights, run, story
 from safetensors.torch import load_file, save_file
 
 import eval_bleu
-import import_baby_llama2
 import prepare_pretrain
 import prepare_sft
 import pretrain
@@ -247,6 +246,11 @@ def save_model(folder, kind, dtype=torch.float32, tok=None, shards=False, **opti
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def loaded(folder):
+    """The checkpoint that extras/import_weights.py makes of it."""
+    return runtime.load_checkpoint(import_weights(folder, folder / "best.pt"))
+
+
 def old_layout(folder):
     """config.json as transformers wrote it before version 5."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -269,7 +273,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, tok, kind, o
     theirs = save_model(tmp_path, kind, tok=tok, **options)
     if layout == "old":
         old_layout(tmp_path)
-    saved = runtime.load_checkpoint(str(tmp_path))
+    saved = loaded(tmp_path)
     assert (saved["stage"], saved["tokenizer"], saved["tokenizer_sha256"]) == ("pretrain", str(tmp_path), tok.sha256)
     assert all(w.dtype == torch.float32 for w in saved["model"].values())
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 or not options.get("shards")
@@ -289,7 +293,7 @@ def test_the_positions_of_llama_3_agree_up_to_the_last(tmp_path, tok):
     options = dict(max_position_embeddings=131_072, rope_parameters={
         **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0})
     theirs = save_model(tmp_path, "Llama", tok=tok, head_dim=64, **options)
-    saved = runtime.load_checkpoint(str(tmp_path))
+    saved = loaded(tmp_path)
     rope = Model.from_state(saved["shape"], saved["model"]).rope
     rope[1, ..., :32] *= -1                                              # negated in the table
     at = torch.tensor([[0, 1, 5000, 40_000, 131_071]])
@@ -302,14 +306,14 @@ def test_the_positions_of_llama_3_agree_up_to_the_last(tmp_path, tok):
 def test_a_folder_with_chat_tokens_answers_where_it_ends_with_the_turn(tmp_path, tok):
     for eos, stage in ((2, "pretrain"), (7, "sft"), ([2, 7], "sft")):
         save_model(tmp_path, "Llama", tok=tok, eos_token_id=eos)
-        assert runtime.load_checkpoint(str(tmp_path))["stage"] == stage
+        assert loaded(tmp_path)["stage"] == stage
     (tmp_path / "tokenizer.model").unlink()
     byte_level(tmp_path, eos="<|im_end|>")
     for eos, stage in ((320, "pretrain"), (322, "sft")):
         save_model(tmp_path, "Qwen2", eos_token_id=eos)
-        assert runtime.load_checkpoint(str(tmp_path))["stage"] == stage
+        assert loaded(tmp_path)["stage"] == stage
     change(tmp_path / "config.json", eos_token_id=320)
-    assert runtime.load_checkpoint(str(tmp_path))["stage"] == "sft"      # generation_config.json says so
+    assert loaded(tmp_path)["stage"] == "sft"      # generation_config.json says so
 
 
 def edit_weights(folder, change):
@@ -340,7 +344,7 @@ def edit_weights(folder, change):
 def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options, said):
     save_model(tmp_path, "Llama", tok=tok)
     change(tmp_path / "config.json", **options)
-    sentence = refused(runtime.load_checkpoint, str(tmp_path))
+    sentence = refused(loaded, tmp_path)
     assert said in sentence and sentence.startswith(str(tmp_path))
 
 
@@ -357,9 +361,9 @@ def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options,
 def test_a_folder_that_is_not_whole_ends_in_one_sentence(tmp_path, tok, spoil, said):
     save_model(tmp_path, "Llama", tok=tok)
     edit_weights(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    runtime.load_checkpoint(str(tmp_path))                               # which old folders have, and nothing needs
+    loaded(tmp_path)                               # which old folders have, and nothing needs
     spoil(tmp_path)
-    sentence = refused(runtime.load_checkpoint, str(tmp_path))
+    sentence = refused(loaded, tmp_path)
     assert said in sentence and sentence.startswith(str(tmp_path))
 
 
@@ -367,32 +371,33 @@ def test_a_missing_shard_is_named(tmp_path, tok):
     save_model(tmp_path, "Llama", tok=tok, shards=True)
     [first, *_] = sorted(tmp_path.glob("*.safetensors"))
     first.unlink()
-    assert f"{first}: not there" in refused(runtime.load_checkpoint, str(tmp_path))
+    assert f"{first}: not there" in refused(loaded, tmp_path)
 
 
 def test_without_safetensors_one_line_says_what_to_install(tmp_path, tok, monkeypatch):
     save_model(tmp_path, "Llama", tok=tok)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install safetensors" in refused(runtime.load_checkpoint, str(tmp_path))
+    assert "pip install safetensors" in refused(loaded, tmp_path)
 
 
-# ---- stages that start from a folder --------------------------------------------------------------------------
+# ---- stages that start from an imported folder --------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tok):
-    """A Llama of 131,072 positions with our tokenizer, weights in bfloat16."""
+    """A Llama of 131,072 positions with our tokenizer, weights in bfloat16; best.pt is its checkpoint."""
     path = tmp_path_factory.mktemp("folder")
     save_model(path, "Llama", torch.bfloat16, tok, max_position_embeddings=131_072, tie_word_embeddings=True,
                rope_parameters={**LLAMA3, "rope_theta": 500_000.0})
+    import_weights(path, path / "best.pt")
     return path
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
-    """train(stage, **constants) runs its main() from the folder on rows of 80 and returns the losses in its log."""
+    """train(stage, **constants) runs its main() from the model on rows of 80 and returns the losses in its log."""
     def call(stage, **constants):
-        where = dict(checkpoint=str(folder), data_dir=str(sft_dir)) if stage is sft else \
-            dict(init_from=str(folder), data_dir=str(pretrain_dir), dim=64)                # dim is not looked at
+        where = dict(checkpoint=f"{folder}/best.pt", data_dir=str(sft_dir)) if stage is sft else \
+            dict(init_from=f"{folder}/best.pt", data_dir=str(pretrain_dir), dim=64)                # dim is not looked at
         values = dict(device="cpu", dtype="float32", compile="off", max_seq_len=80, batch_tokens=400, max_steps=4,
                       eval_interval=2, warmup=0.0, lr=0.01, muon_lr=0.01, sample_prompts="", resume=False,
                       tokenizer=tok.name, out_dir=str(tmp_path / "out"), **where)
@@ -410,10 +415,10 @@ BOTH = pytest.mark.parametrize("stage", [pretrain, sft], ids=["pretrain", "sft"]
 
 
 @BOTH
-def test_training_goes_on_from_a_folder_on_short_rows(train, tmp_path, tok, folder, stage, capsys):
+def test_training_goes_on_from_an_imported_model_on_short_rows(train, tmp_path, tok, folder, stage, capsys):
     log = train(stage, tokenizer=str(folder))
     assert "400 tokens = 5 rows of 80" in capsys.readouterr().out
-    best, before = runtime.load_checkpoint(f"{tmp_path}/out/best.pt"), runtime.load_checkpoint(str(folder))
+    best, before = runtime.load_checkpoint(f"{tmp_path}/out/best.pt"), runtime.load_checkpoint(f"{folder}/best.pt")
     assert best["shape"] == before["shape"] and best["shape"]["max_seq_len"] == 131_072
     moved = [(w - before["model"][name]).abs().max().item() for name, w in best["model"].items()]
     assert 0 < max(moved) < 0.2 and log[-1] < log[0]                     # it started there, and went on
@@ -441,11 +446,23 @@ def test_what_does_not_fit_ends_in_one_sentence(train, tmp_path, other_tok, stag
     name = "checkpoint" if stage is sft else "init_from"
     assert "reads 131072 at most" in refused(lambda: train(stage, max_seq_len=200_000))
     assert "none: no such checkpoint" in refused(lambda: train(stage, **{name: "none"}))
-    assert "without config.json" in refused(lambda: train(stage, **{name: str(tmp_path)}))
     save_model(tmp_path / "other", "Llama", tok=other_tok)
-    assert "was trained with" in refused(lambda: train(stage, **{name: str(tmp_path / "other")}))
+    other = import_weights(tmp_path / "other", tmp_path / "other.pt")
+    assert "was trained with" in refused(lambda: train(stage, **{name: other}))
     if stage is sft:
         assert "prepare_sft.py --max_seq_len=40" in refused(lambda: train(stage, max_seq_len=40))
+
+
+@pytest.mark.parametrize("script, constant", [("pretrain.py", "init_from"), ("sft.py", "checkpoint"),
+                                              ("sample.py", "checkpoint"), ("eval_bleu.py", "checkpoint"),
+                                              ("extras.export", "checkpoint")])
+def test_a_folder_given_to_a_stage_is_answered_with_the_command_that_imports_it(script, constant, folder, tmp_path,
+                                                                                pretrain_dir, sft_dir):
+    data = [f"--data_dir={pretrain_dir if script == 'pretrain.py' else sft_dir}", f"--tokenizer={folder}"] \
+        if script in ("pretrain.py", "sft.py") else []
+    done = run(script, tmp_path, f"--{constant}={folder}", *data)
+    assert done.rc == 1 and done.err.count("\n") == 1, done.err
+    assert f"python -m extras.import_weights --source={folder}" in done.err and not list(tmp_path.iterdir())
 
 
 def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
@@ -457,7 +474,9 @@ def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
     done = run("prepare_sft.py", tmp_path, *here, "--corpora=messages:a.jsonl", "--max_seq_len=100", "--show=1",
                "--val_fraction=0.3", "--workers=1")
     assert done.rc == 0 and "<|im_start|>user\n" in done.out and "<|im_end|>】" in done.out, done.err
-    done = run("sft.py", tmp_path, *here, "--checkpoint=qwen", "--max_seq_len=100", "--batch_tokens=200",
+    done = run("extras.import_weights", tmp_path, "--source=qwen", "--out=base/best.pt")
+    assert done.rc == 0 and "2 layers of 32, 4 heads of 8 on 2" in done.out, done.err
+    done = run("sft.py", tmp_path, *here, "--checkpoint=base/best.pt", "--max_seq_len=100", "--batch_tokens=200",
                "--max_steps=2", "--device=cpu", "--compile=off")
     assert done.rc == 0 and "你是谁？ -> " in done.out, done.err
     done = run("sample.py", tmp_path, "--checkpoint=out/sft/best.pt", "--prompt=你好", "--max_new_tokens=5",
@@ -475,18 +494,20 @@ def test_a_base_model_continues_and_a_chat_model_answers(tmp_path, monkeypatch, 
         new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20,
                              do_sample=False, eos_token_id=sorted({320, eos}), pad_token_id=0)[0, len(ids):]
         assert len(set(new.tolist())) > 3                                # the model says something
-        for constant, value in dict(checkpoint=str(path), device="cpu", dtype="float32", temperature=0.0,
-                                    max_new_tokens=20, prompt="你好").items():
+        for constant, value in dict(checkpoint=import_weights(path, path / "best.pt"), device="cpu", dtype="float32",
+                                    temperature=0.0, max_new_tokens=20, prompt="你好").items():
             monkeypatch.setattr(sample, constant, value)
+        capsys.readouterr()                                              # what the import printed
         sample.main()
         assert capsys.readouterr().out == "你好" * (eos == 320) + hf.decode(new, skip_special_tokens=True) + "\n"
 
 
-def test_bleu_is_computed_for_a_folder(tmp_path, tok, monkeypatch, capsys):
+def test_bleu_is_computed_for_an_imported_model(tmp_path, tok, monkeypatch, capsys):
     save_model(tmp_path / "model", "Llama", tok=tok, eos_token_id=[2, 7])
     line = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
     (tmp_path / "test.jsonl").write_text(json.dumps(line), "utf-8")
-    for name, value in dict(checkpoint="model", questions="test.jsonl", max_new_tokens=5, device="cpu").items():
+    import_weights(tmp_path / "model", tmp_path / "model.pt")
+    for name, value in dict(checkpoint="model.pt", questions="test.jsonl", max_new_tokens=5, device="cpu").items():
         monkeypatch.setattr(eval_bleu, name, value)
     monkeypatch.chdir(tmp_path)
     eval_bleu.main()
@@ -550,16 +571,13 @@ def naive_logits(w, ids, n_heads):
 
 
 @pytest.fixture
-def imported(tmp_path, tok, monkeypatch):
-    """imported(weights, **constants) runs import_baby_llama2.py on them and returns the checkpoint's path."""
+def imported(tmp_path, tok):
+    """imported(weights, **constants) runs extras/import_weights.py on them and returns the checkpoint's path."""
     def call(weights, **constants):
         torch.save(weights, tmp_path / "epoch.pth")
-        values = dict(pth=str(tmp_path / "epoch.pth"), tokenizer=tok.name, n_heads=4, max_seq_len=80,
-                      out=str(tmp_path / "best.pt"))
-        for name, value in {**values, **constants}.items():
-            monkeypatch.setattr(import_baby_llama2, name, value)
-        import_baby_llama2.main()
-        return str(tmp_path / "best.pt")
+        values = dict(source=tmp_path / "epoch.pth", out=tmp_path / "best.pt", tokenizer=tok.name, n_heads=4,
+                      max_seq_len=80)
+        return import_weights(**{**values, **constants})
     return call
 
 
@@ -590,6 +608,7 @@ def test_an_imported_model_is_fine_tuned(imported, train, tok):
     (lambda w: {name: t for name, t in w.items() if name != "norm.weight"}, {}, "norm.weight"),
     (lambda w: {**w, "norm.weight": torch.ones(5)}, {}, "size mismatch"),
     (lambda w: {name: t[:99] if t.shape[0] == 400 else t for name, t in w.items()}, {}, "99 tokens"),
-    (lambda w: w, dict(pth="none.pth"), "none.pth: cannot be read"), (lambda w: open, {}, "cannot be read")])
+    (lambda w: w, dict(source="none.pth"), "none.pth: cannot be read"), (lambda w: open, {}, "cannot be read"),
+    (lambda w: w, dict(tokenizer=""), "--tokenizer= names"), (lambda w: w, dict(out="."), "--out=.: name a file")])
 def test_what_is_no_baby_llama2_ends_in_one_sentence(imported, tok, spoil, constants, said):
     assert said in refused(lambda: imported(spoil(baby_llama2(tok.vocab_size)), **constants))

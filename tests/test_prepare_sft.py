@@ -111,6 +111,8 @@ def test_report_adds_up(made, tok):
     assert meta["longest"] == max(meta[split]["longest"] for split in ("train", "val", "test"))
     assert meta["tokenizer_sha256"] == tok.sha256 and meta["format"] == 1 and meta["vocab_size"] == 400
     assert f"{meta['train']['targets']:,}" in out and "5 duplicate" in out
+    assert all(f"{column}: " in out for column in ("targets", "shortened", "augmented"))     # what they mean
+    assert "were dropped because" not in out
 
 
 def test_mask_is_every_answer_with_its_end_and_nothing_else(made, tok):
@@ -142,6 +144,31 @@ def test_show_marks_exactly_the_answers(made, tok):
         assert re.findall(r"【(.*?)】", text, re.S) == answers
         assert re.sub(r"【|】", "", text.split("\n\n")[0]).strip() == "<bos>" + "".join(
             f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
+
+
+def test_show_shows_some_of_every_corpus(tok, tmp_path):
+    """Also of a small one beside a large one, and one of each where there are more corpora than examples asked for."""
+    for name, n in ("a", 200), ("b", 3), ("c", 1):
+        records = pairs(n, f"{name}的回答")
+        for record in records:
+            record["instruction"] = name + record["instruction"]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    for names, show, expected in ("ab", 3, "abb"), ("abc", 2, "abc"), ("abc", 12, "aaaabbbc"), ("a", 2, "aa"):
+        corpora = ",".join(f"alpaca:{name}.jsonl" for name in names)
+        done = run("prepare_sft.py", tmp_path, f"--corpora={corpora}", f"--tokenizer={tok.name}", f"--show={show}",
+                   "--val_fraction=0", "--test_fraction=0", "--workers=1")
+        shown = re.findall(r"--- example (\d+) of .*\n.*【(.)的回答", done.out)
+        assert "".join(name for _, name in shown) == expected, (done.out, done.err)
+        assert len({number for number, _ in shown}) == len(expected)
+
+
+def test_many_records_that_are_too_long_are_said_with_the_cure(tok, tmp_path):
+    records = pairs(20) + [{"instruction": f"长{i}", "output": "答" * 20} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    command = ["prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1"]
+    said = run(*command, "--max_seq_len=60").out
+    assert "10 of 30 records were dropped because they are longer than --max_seq_len=60: a larger one" in said
+    assert "were dropped because" not in run(*command, "--max_seq_len=120").out
 
 
 def test_a_single_exchange_that_is_too_long_is_dropped_not_cut(made, tok, tmp_path):

@@ -1,5 +1,6 @@
 """sample.py: continuing a text, answering, and the chat in the terminal, with tiny random models."""
 import io
+import re
 
 import pytest
 import torch
@@ -69,8 +70,10 @@ def test_several_samples_differ_and_the_same_seed_repeats_them(say):
     how = dict(prompt="今天", n_samples=3, temperature=1.0, top_p=1.0)
     first, again, other = (say("pretrain", **how, seed=seed).out for seed in (7, 7, 8))
     assert first == again != other
-    texts = first.split("今天")[1:]
-    assert len(texts) == 3 and len(set(texts)) == 3
+    parts = re.split(r"^--- (\d) of 3 ---\n", first, flags=re.M)           # told apart whatever their lines are
+    assert parts[0] == "" and parts[1::2] == ["1", "2", "3"] and len(set(parts[2::2])) == 3
+    assert all(text.startswith("今天") for text in parts[2::2])
+    assert "---" not in say("pretrain", **{**how, "n_samples": 1}).out
 
 
 def test_seed_0_is_different_every_time(say):
@@ -108,12 +111,56 @@ def test_any_max_new_tokens_leaves_room_for_the_prompt(say, max_new_tokens):
         assert "tokens/s" in say("pretrain", prompt="好" * length, max_new_tokens=max_new_tokens).err
 
 
-def test_a_chat_remembers_its_turns_until_an_empty_line(say, monkeypatch):
+@pytest.fixture
+def heard(monkeypatch):
+    """The prompts of a chat as texts; the answers are 回答1。 and so on."""
     heard = []
     stream = lambda model, tok, ids, stop_ids, generator: heard.append(tok.decode(ids)) or f"回答{len(heard)}。"
     monkeypatch.setattr(sample, "stream", stream)
-    say("sft", stdin="你好\n你是谁\n\n天空\n", max_new_tokens=1)
-    assert heard == ["你好", "你好回答1。你是谁", "天空"]
+    return heard
+
+
+def test_a_chat_remembers_its_turns_until_it_is_told_to_forget(say, heard):
+    said = say("sft", stdin="你好\n\n  \n你是谁\n/new\n天空\n", max_new_tokens=1)
+    assert heard == ["你好", "你好回答1。你是谁", "天空"]                   # an empty line does nothing
+    assert "/new" in said.err.splitlines()[0]
+
+
+@pytest.mark.parametrize("max_new_tokens", [SIZE // 2, 256])
+def test_a_long_answer_that_may_come_does_not_cost_the_history(say, heard, max_new_tokens):
+    say("sft", stdin="你好\n你是谁\n天空\n", max_new_tokens=max_new_tokens)
+    assert heard[2] == "你好回答1。你是谁回答2。天空"
+
+
+def test_ctrl_c_clears_the_line_and_a_second_one_ends_the_chat(say, heard, monkeypatch):
+    lines = iter(["你好", KeyboardInterrupt, "你是谁", KeyboardInterrupt, "天空", KeyboardInterrupt, KeyboardInterrupt, "不"])
+
+    def keyboard(prompt):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+    monkeypatch.setattr("builtins.input", keyboard)
+    said = say("sft", max_new_tokens=1)
+    assert heard == ["你好", "你好回答1。你是谁", "你好回答1。你是谁回答2。天空"]
+    assert said.err.count("Ctrl-C again") == 3 and list(lines) == ["不"]
+
+
+def test_ctrl_c_between_an_answer_and_the_next_question_does_not_end_the_chat(say, heard, monkeypatch):
+    answer, interrupts = sample.stream, iter([True, False])
+
+    def stream(*args):
+        if next(interrupts):                                             # in stream(), behind the last token
+            raise KeyboardInterrupt
+        return answer(*args)
+    monkeypatch.setattr(sample, "stream", stream)
+    say("sft", stdin="你好\n你是谁\n", max_new_tokens=1)
+    assert heard == ["你是谁"]                                             # what was not answered is no history
+
+
+def test_a_full_context_is_said(say):
+    assert "the context is full" in say("pretrain", prompt="好" * SIZE, max_new_tokens=100, temperature=0.0).err
+    assert "the context is full" not in say("pretrain", prompt="好", max_new_tokens=3, temperature=0.0).err
 
 
 def test_a_chat_forgets_the_oldest_turns_when_the_context_is_full(say, tok, monkeypatch):

@@ -1,7 +1,7 @@
 """Sit the multiple-choice exams that everyone quotes: C-Eval, CMMLU, MMLU.
 
-    python eval_choice.py                                                     C-Eval's validation split, 5 shots
-    python eval_choice.py --exam=mmlu --shots=0 --checkpoint=out/pretrain/best.pt
+    python -m extras.exams                                                     C-Eval's validation split, 5 shots
+    python -m extras.exams --exam=mmlu --shots=0 --checkpoint=out/pretrain/best.pt
 
 Every question is answered in two ways. By letter: the question with its options as each exam's authors ask it, and the
 most likely of A, B, C and D. By text: the question alone, and the option whose text is the most likely per character;
@@ -18,12 +18,13 @@ import os
 from glob import escape, glob
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
 import corpora
 import runtime
-from model import Model, n_shared, score
+from model import Model, empty_caches, loss_rows
 
 checkpoint  = "out/sft/best.pt"  # of sft.py: asked through the chat template; of pretrain.py: as text to continue
 tokenizer   = ""                 # empty: the one that the checkpoint names
@@ -104,8 +105,6 @@ SUBJECTS = {"ceval": {
 LETTERS, FIGURES = "ABCD", ("letter", "text")
 
 
-
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def read_questions(path):
@@ -141,6 +140,7 @@ def read_questions(path):
         reason = (f"{len(fields)} fields instead of {len(columns)}" if len(fields) != len(columns) else
                   "broken characters" if "\ufffd" in "".join(fields) else
                   "a question or option is missing" if not all(map(row.get, ("question", *"abcd"))) else
+                  "two options are equal" if len({row[c] for c in "abcd"}) < 4 else
                   "the answer is not A, B, C or D" if has_answers and row["answer"] not in list(LETTERS) else None)
         if reason:
             bad.setdefault(reason, []).append(line)
@@ -211,6 +211,108 @@ def answer(model, tok, is_chat, name, examples, questions, figure):
         question[figure] = [x / length for x, length in zip(nats, lengths)], n
 
 
+# ---- likelihood of given answers -----------------------------------------------------------------
+
+def n_shared(a, b):
+    """How many elements two lists begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def answer_tree(prompt, answers, start):
+    """A prompt from its id `start` on, followed by all answers to it, as one row for the network.
+
+    Returns lists: ids; positions, that of each id in its own text; branches, 0 for the prompt and
+    1, 2, ... for the answers; and for every token of the answers, one answer after another, the
+    index in the row of the token that predicts it.
+    """
+    ids, positions = prompt[start:], list(range(start, len(prompt)))
+    branches, sources, last = [0] * len(ids), [], len(ids) - 1
+    for branch, answer in enumerate(answers, start=1):
+        n = len(answer) - 1                    # the last token of an answer is never an input
+        sources += [last, *range(len(ids), len(ids) + n)]
+        ids = ids + answer[:n]
+        positions += range(len(prompt), len(prompt) + n)
+        branches += [branch] * n
+    return ids, positions, branches, sources
+
+
+def tree_mask(positions, branches, starts):
+    """Who sees whom: (B, 1, T, S + T) bool, S = max(starts) tokens of the prefix before T of the row.
+
+    A token sees its own text: the prefix up to where its row starts, the prompt, and of its own
+    answer what came before. Padding (branch -1) sees padding, or its softmax would be NaN.
+    """
+    B, T = positions.shape
+    S = int(starts.max())
+    prefix = torch.arange(S, device=starts.device) < starts[:, None]                 # (B, S)
+    same_text = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
+    earlier = positions[:, None] <= positions[:, :, None]                            # (B, T, T)
+    mask = torch.cat((prefix[:, None].expand(B, T, S), same_text & earlier), dim=-1)
+    return mask[:, None]
+
+
+def caches_after(model, known, S, B, T):
+    """Caches of B rows for T more tokens behind the first S of `known`, caches of one row, as
+    model.hidden() takes them."""
+    caches = empty_caches(model, B, S + T)
+    for cache, filled in zip(caches, known):
+        for new, old in zip(cache, filled):
+            new[:, :, :S] = old[:, :, :S]
+    slots = torch.arange(S, S + T, device=model.norm.weight.device)
+    return [(*cache, slots) for cache in caches]
+
+
+@torch.inference_mode()
+def score(model, prefix, prompts, answers, batch_size):
+    """log P(answer | prompt) in nats, for each prompt a list of floats, one for each of its answers.
+
+    prefix: ids that go through the network once; every prompt reuses as many of them as it begins
+    with. prompts: lists of ids; answers: for each prompt a list of lists of ids, none empty. A
+    prompt with an answer has at most max_seq_len + 1 ids, as the last one is no input (ValueError
+    otherwise). batch_size: prompts at a time. All answers to a prompt stand in its row, so that the
+    prompt is read once: a tree of tokens as in Miao et al. 2023, arXiv:2305.09781.
+    """
+    device, size = model.norm.weight.device, model.config.max_seq_len
+    for prompt, choices in zip(prompts, answers, strict=True):
+        if not prompt or not all(choices) or len(prompt) + max(map(len, choices)) > size + 1:
+            raise ValueError(f"a prompt of {len(prompt)} tokens with answers of "
+                             f"{list(map(len, choices))}; each needs at least 1, both together at "
+                             f"most max_seq_len + 1 ({size + 1})")
+    prefix = prefix[:max(n_shared(prefix, prompt) for prompt in prompts)] if prompts else []
+    known = caches_after(model, [], 0, 1, len(prefix))
+    if prefix:
+        ids, positions = torch.tensor([prefix], device=device), torch.arange(len(prefix), device=device)
+        causal = (positions <= positions[:, None])[None, None]                       # (1, 1, S, S)
+        model.hidden(ids, model.rope[:, positions], causal, known)
+    scores = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))               # little padding
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        starts = [min(n_shared(prefix, prompts[i]), len(prompts[i]) - 1) for i in batch]
+        rows = [answer_tree(prompts[i], answers[i], start) for i, start in zip(batch, starts)]
+        T = max(len(ids) for ids, *_ in rows)
+        padded = lambda part, fill: torch.tensor(
+            [row[part] + [fill] * (T - len(row[part])) for row in rows], device=device)
+        x, positions, branches = padded(0, 0), padded(1, 0), padded(2, -1)           # (B, T)
+        mask = tree_mask(positions, branches, torch.tensor(starts, device=device))
+        caches = caches_after(model, known, max(starts), len(batch), T)
+        h = model.hidden(x, model.rope[:, positions], mask, caches)                  # (B, T, C)
+        h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])                  # (answer tokens, C)
+        y = [id for i in batch for answer in answers[i] for id in answer]
+        log_p = iter(log_likelihoods(model, h, torch.tensor(y, device=device)))
+        for i in batch:
+            scores[i] = [sum(next(log_p) for _ in answer) for answer in answers[i]]
+    return scores
+
+
+def log_likelihoods(model, h, y):
+    """log P of each token y (N,) after the hidden state h (N, C), as a list."""
+    n = loss_rows(h.device, model.config.vocab_size)      # all logits at once would be large
+    nats = [F.cross_entropy(model.logits(part).float(), target, reduction="none")
+            for part, target in zip(h.split(n), y.split(n))]
+    return (-torch.cat(nats)).tolist()
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 def choice(question, figure):
@@ -219,14 +321,22 @@ def choice(question, figure):
     return LETTERS[scores.index(max(scores))]
 
 
+def standard_error(share, n):
+    """Standard error of a share of n questions: half the width of Wilson's interval for z = 1.
+
+    The usual sqrt(share (1 - share) / n) is 0 when all of three answers are right. Wilson 1927.
+    """
+    return math.sqrt(share * (1 - share) / n + 1 / (4 * n * n)) / (1 + 1 / n)
+
+
 def accuracy(subjects, figure):
     """Accuracy on lists of questions, one a subject, in percent with standard errors: [mean of the subjects, share of
     all their questions together]."""
     rights = [[choice(q, figure) == q["answer"] for q in questions] for questions in subjects]
     shares, n = [sum(right) / len(right) for right in rights], sum(map(len, rights))
     macro, micro = sum(shares) / len(shares), sum(map(sum, rights)) / n
-    error = math.sqrt(sum(p * (1 - p) / len(right) for p, right in zip(shares, rights))) / len(shares)
-    both = (macro, error), (micro, math.sqrt(micro * (1 - micro) / n))
+    errors = [standard_error(share, len(right)) for share, right in zip(shares, rights)]
+    both = (macro, math.hypot(*errors) / len(errors)), (micro, standard_error(micro, n))
     return [f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in both]
 
 
@@ -259,6 +369,7 @@ def main():
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; --shots=0 asks without")
     saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
+    torch.set_float32_matmul_precision("highest")             # start() allows TF32, whose 10 bits turn close calls
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
 
@@ -279,7 +390,7 @@ def main():
 
     scored = {subject: questions for subject, questions in answered.items() if questions and questions[0]["answer"]}
     n_asked, n_answered, n_scored = (sum(map(len, part.values())) for part in (subjects, answered, scored))
-    said = [f"{checkpoint} on {title} {part}, {shots} shots"]
+    said = [f"{checkpoint} ({runtime.fingerprint(checkpoint)}): {title} {part}, {shots} shots"]
     if scored:
         (letter, letters), (text, texts) = (accuracy(scored.values(), figure) for figure in FIGURES)
         said.append(f"accuracy by letter {letter} %, by text {text} %, chance 25 % (mean of {len(scored)} subjects ± "
@@ -295,7 +406,7 @@ def main():
     if n_answered < n_asked:
         said.append(f"{n_asked - n_answered} questions longer than {model.config.max_seq_len} tokens left out")
     if notes:
-        said.append(f"{sum(notes.values())} broken rows left out")
+        said.append(f"{sum(notes.values())} rows left out")
     page = report("; ".join(said), [*notes, *dev_notes], scored)
     with config.whole_file(f"{files}.md") as f:
         f.write(page)

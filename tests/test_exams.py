@@ -1,6 +1,7 @@
-"""eval_choice.py and model.score() against a loop without cache, batches or prefixes, and against transformers."""
+"""extras/exams.py against a loop without cache, batches or prefixes, and against transformers."""
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -8,15 +9,16 @@ import random
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
 
-import eval_choice
-import huggingface
 import runtime
 import tokenizer as tokenizers
-from model import Model, ModelConfig, score
+from extras import exams, huggingface
+from extras.exams import score
+from model import Model, ModelConfig
 
 from conftest import DID, WHERE, WHO, story
 
@@ -40,12 +42,12 @@ def alone(logits_of, prompt, answer):
     return sum(logits[len(prompt) - 1 + i, id].item() for i, id in enumerate(answer))
 
 
-# ---- model.score ----------------------------------------------------------------------------------------------------
+# ---- score() ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("options", [{}, dict(qk_norm=False, qkv_bias=True, n_kv_heads=4, tie_embeddings=False)])
 def test_scores_are_those_of_each_answer_alone(options, batch_size, monkeypatch):
-    monkeypatch.setattr("model.loss_rows", lambda device, vocab_size: 7)               # the logits come in several pieces
+    monkeypatch.setattr(exams, "loss_rows", lambda device, vocab_size: 7)               # the logits come in several pieces
     model, rng = network(97, max_seq_len=40, **options), random.Random(0)
     ids = lambda n: [rng.randrange(97) for _ in range(n)]
     prefix = ids(20)
@@ -157,8 +159,8 @@ def sit(tmp_path, monkeypatch, capsys):
     def run(exam, split, **constants):
         for name, value in {**dict(exam=exam, split=split, data_dir=str(tmp_path / "exam"), batch_size=3, device="cpu",
                                    checkpoint=str(tmp_path / "best.pt"), dtype="float32"), **constants}.items():
-            monkeypatch.setattr(eval_choice, name, value)
-        eval_choice.main()
+            monkeypatch.setattr(exams, name, value)
+        exams.main()
         files = {kind: tmp_path / f"{exam}_{split}.{kind}" for kind in ("md", "csv", "json")}
         rows = list(csv.DictReader(files["csv"].read_text("utf-8").splitlines(keepends=True)))
         return SimpleNamespace(said=capsys.readouterr().out, page=files["md"].read_text("utf-8"), rows=rows,
@@ -191,7 +193,11 @@ def check(exam, made, sat, of_question):
 def shares(rights):
     """The figures of a row of the page: both ± both, from {subject: [right or not]}, the long way."""
     mean = lambda x: sum(x) / len(x)
-    variance = lambda x: mean([(y - mean(x)) ** 2 for y in x]) / len(x)
+
+    def variance(x):                                                       # Wilson: |q - mean| is one deviation of q
+        n, p = len(x), mean(x)
+        return ((np.roots([1 + 1 / n, -2 * p - 1 / n, p * p]) * [1, -1]).sum() / 2) ** 2
+
     together = [y for x in rights.values() for y in x]
     macro = mean([mean(x) for x in rights.values()]), math.sqrt(sum(map(variance, rights.values()))) / len(rights)
     return [f"{100 * p:.1f} ± {100 * e:.1f}" for p, e in (macro, (mean(together), math.sqrt(variance(together))))]
@@ -219,6 +225,8 @@ def test_an_exam_is_that_of_a_loop_over_questions_and_options(exam, stage, shots
     n = sum(map(len, rights["text"].values()))
     assert f"| all | {n} | {' | '.join(figures)} |" in sat.page.splitlines()
     summary = sat.page.splitlines()[0]
+    digest = hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()
+    assert summary.startswith(f"{tmp_path}/best.pt ({digest[:8]}): ")       # report.py compares it
     assert f"by letter {figures[0]} %, by text {figures[2]} %, chance 25 %" in summary and sat.page in sat.said
     for subject in made:
         assert f"| {subject} | {len(rights['text'][subject])} | " in sat.page
@@ -267,16 +275,17 @@ def test_broken_rows_are_counted_by_file_and_not_scored(tok, tmp_path, sit):
     save(tmp_path / "best.pt", network(tok.vocab_size), tok, "pretrain")
     folder = tmp_path / "exam" / "val"
     bad = [["少了", "一", "二", "三"], ["问", "一", "二", "三", "四", "E"], ["问", "一", "", "三", "四", "A"],
-           ["多了", "一", "二", "三", "四", "五", "A"], [" ", "一", "二", "三", "四", "B"], ["问", "一", "二", "三", "四", ""]]
+           ["多了", "一", "二", "三", "四", "五", "A"], [" ", "一", "二", "三", "四", "B"], ["问", "一", "二", "三", "四", ""],
+           ["问", "一", "二 ", "三", "二", "A"]]
     write_csv(folder / "logic_val.csv", numbered([GOOD[0], *bad, *GOOD[1:]]), HEADER)
     write_csv(folder / "law_val.csv", numbered(GOOD), HEADER)
     with open(folder / "law_val.csv", "a", encoding="utf-8") as f:
         f.write('3,"没有结束,一,二,三,四,A\n4,被吞掉了,一,二,三,四,B\n')
     sat = sit("ceval", "val", shots=0)
-    assert [row["subject"] + row["id"] for row in sat.rows] == "law0 law1 law2 logic0 logic7 logic8".split()
-    assert "of all 6 questions together" in sat.page and "; 7 broken rows left out" in sat.page.splitlines()[0]
+    assert [row["subject"] + row["id"] for row in sat.rows] == "law0 law1 law2 logic0 logic8 logic9".split()
+    assert "of all 6 questions together" in sat.page and "; 8 rows left out" in sat.page.splitlines()[0]
     for note in ("logic_val.csv: 1 rows left out, 5 fields instead of 7 (line 3)", "(line 4, 8)", "missing (line 5, 7)",
-                 "8 fields instead of 7 (line 6)", "law_val.csv: 1 rows left out, broken CSV", "(line 5)"):
+                 "8 fields instead of 7 (line 6)", "two options are equal (line 9)", "law_val.csv: 1 rows left out, broken CSV", "(line 5)"):
         assert note in sat.said, note
 
 
@@ -302,19 +311,39 @@ def test_gbk_and_a_byte_order_mark_are_read_and_utf_16_is_refused_in_a_sentence(
     path = tmp_path / "logic_val.csv"
     text = "".join(",".join(map(str, row)) + "\r\n" for row in [HEADER, *numbered(GOOD)])
     path.write_bytes(text.encode("utf-8"))
-    questions, bad = eval_choice.read_questions(str(path))
+    questions, bad = exams.read_questions(str(path))
     assert not bad and [[q[c] for c in ("question", *LETTERS, "answer")] for q in questions] == GOOD
     for encoding in ("gbk", "utf-8-sig"):
         path.write_bytes(text.encode(encoding))
-        assert eval_choice.read_questions(str(path)) == (questions, {})
+        assert exams.read_questions(str(path)) == (questions, {})
     path.write_bytes(text.encode("utf-8").replace("山上".encode(), b"\xe5\xb1"))
-    assert eval_choice.read_questions(str(path)) == ([questions[0], questions[2]], {"broken characters": [3]})
+    assert exams.read_questions(str(path)) == ([questions[0], questions[2]], {"broken characters": [3]})
     path.write_bytes(text.encode("utf-16"))
     with pytest.raises(SystemExit, match="logic_val.csv.*UTF-16"):
-        eval_choice.read_questions(str(path))
+        exams.read_questions(str(path))
     path.write_text("id,question,A,B,C,answer\n0,问,一,二,三,A\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="logic_val.csv.*D are needed"):
-        eval_choice.read_questions(str(path))
+        exams.read_questions(str(path))
+
+
+def test_float32_is_not_tf32(tok, tmp_path, sit, monkeypatch):
+    """As on a GPU, where runtime.start() allows TF32."""
+    save(tmp_path / "best.pt", network(tok.vocab_size), tok, "pretrain")
+    write_csv(tmp_path / "exam/val/logic_val.csv", numbered(GOOD), HEADER)
+    start, before = runtime.start, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(runtime, "start", lambda device: torch.set_float32_matmul_precision("high") or start(device))
+    sit("ceval", "val", shots=0)
+    now = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert now == "highest"
+
+
+def test_of_few_questions_the_error_is_not_zero(monkeypatch):
+    monkeypatch.setattr(exams, "choice", lambda question, figure: "A")
+    three = [{"answer": "A"}] * 3
+    assert exams.accuracy([three, three], "text") == ["100.0 ± 8.8", "100.0 ± 7.1"]     # Wilson: 1 / 8, 1 / 14
+    many = [{"answer": "A"}] * 1000 + [{"answer": "B"}] * 1000
+    assert exams.accuracy([many], "text") == ["50.0 ± 1.1"] * 2                         # sqrt(1 / 4 / 2000)
 
 
 def test_folders_without_questions_or_examples_end_in_a_sentence(tok, tmp_path, sit):
@@ -332,13 +361,13 @@ def test_the_tables_of_subjects_are_whole():
     """52, 67 and 57 subjects, each in one category and, of CMMLU's, 15 in a second; all Chinese ones with a name."""
     for exam, n, sizes in (("ceval", 52, [20, 10, 11, 11]), ("cmmlu", 67, [17, 22, 13, 15]),
                            ("mmlu", 57, [18, 12, 13, 14])):
-        first = [words.split() for words in eval_choice.SUBJECTS[exam].values()][:4]
+        first = [words.split() for words in exams.SUBJECTS[exam].values()][:4]
         assert [len(words) for words in first] == sizes and sum(sizes) == n
         words = [word for words in first for word in words]
         assert len({word.partition("=")[0] for word in words}) == n
         assert all(re.fullmatch(r"[a-z_]+" if exam == "mmlu" else r"[a-z_]+=[\u4e00-\u9fff]+", word) for word in words)
-    ours = eval_choice.SUBJECTS["cmmlu"]["China specific"].split()
-    assert len(set(ours)) == 15 and all(f"{name}=" in " ".join(eval_choice.SUBJECTS["cmmlu"].values()) for name in ours)
+    ours = exams.SUBJECTS["cmmlu"]["China specific"].split()
+    assert len(set(ours)) == 15 and all(f"{name}=" in " ".join(exams.SUBJECTS["cmmlu"].values()) for name in ours)
 
 
 @pytest.mark.parametrize("dummy", [True, False])
@@ -360,13 +389,13 @@ def test_an_answer_that_the_tokenizer_melts_into_the_prompt(dummy, tmp_path, mon
         lines = "".join(f"{base64.b64encode(piece).decode()} {i}\n" for i, piece in enumerate(ranks))
         (tmp_path / "ranks.tiktoken").write_text(lines, encoding="utf-8")
         tok = tokenizers.load(str(tmp_path / "ranks.tiktoken"))
-    monkeypatch.setattr(eval_choice, "exam", "mmlu")
+    monkeypatch.setattr(exams, "exam", "mmlu")
     melted = 0
     for gap in (" ", ""):
-        monkeypatch.setitem(eval_choice.EXAMS, "mmlu", ("", "", "", "About {}.\n\n", "", "\nAnswer:", gap))
+        monkeypatch.setitem(exams.EXAMS, "mmlu", ("", "", "", "About {}.\n\n", "", "\nAnswer:", gap))
         question = {"question": "The cat?", **{c: t for c, t in zip(LETTERS, ("A cat", "sat on", "mat", "the mat."))}}
         for figure, answers in (("letter", LETTERS), ("text", ("A cat", "sat on", "mat", "the mat."))):
-            prompt, found = eval_choice.encode(tok, False, "cats", [], question, figure)
+            prompt, found = exams.encode(tok, False, "cats", [], question, figure)
             listed = "\nA. A cat\nB. sat on\nC. mat\nD. the mat." * (figure == "letter")
             text = f"About cats.\n\nThe cat?{listed}\nAnswer:"
             assert [prompt + ids for ids in found] == [[tok.bos_id] + tok.encode(f"{text}{gap}{a}") for a in answers]

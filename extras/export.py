@@ -1,8 +1,8 @@
 """Export: a checkpoint -> a Hugging Face folder for transformers, or a GGUF file for llama.cpp and Ollama.
 
-    python export.py                                                    out/sft/best.pt -> the folder out/hf
-    python export.py --out=out/model.gguf --dtype=q8_0                  one file, 8 bits a weight
-    python export.py --checkpoint=out/pretrain/best.pt --out=out/base   a model that continues text
+    python -m extras.export                                                    out/sft/best.pt -> the folder out/hf
+    python -m extras.export --out=out/model.gguf --dtype=q8_0                  one file, 8 bits a weight
+    python -m extras.export --checkpoint=out/pretrain/best.pt --out=out/base   a model that continues text
 
 The folder holds config.json, model.safetensors, generation_config.json, the tokenizer with the chat template, and a
 model card. Both forms compute what model.py computes: Llama, with qk_norm Qwen3, with qkv_bias Qwen2.
@@ -16,7 +16,7 @@ import torch
 import config
 import runtime
 import tokenizer as tokenizers
-from huggingface import their_name
+from extras.huggingface import their_name
 from model import Model, scaled
 
 checkpoint = "out/sft/best.pt"  # of pretrain.py or sft.py

@@ -1,8 +1,8 @@
 """Where the time goes on this machine: training, generation, preparation of data, checkpoints.
 
-    python bench.py                                              a table, and the same figures in out/bench.json
-    python bench.py --only=training --dim=768 --micro_batch=32   one part, another shape
-    python bench.py --tokenizer=data/tokenizer.model --corpora=text:my_texts       your vocabulary, your text
+    python -m extras.bench                                              a table, and the same figures in out/bench.json
+    python -m extras.bench --only=training --dim=768 --micro_batch=32   one part, another shape
+    python -m extras.bench --tokenizer=data/tokenizer.model --corpora=text:my_texts       your vocabulary, your text
 
 Every part runs in a process of its own. A machine's speed drifts: what is compared is measured in turns (A B A B ...),
 and a figure is the median of the turns, or of the ratios of neighbours, with the lowest and the highest beside it.
@@ -61,7 +61,7 @@ repeats         = 5                 # turns of every measurement
 out             = "out/bench.json"  # the same figures for programs
 constants = config.override(globals())
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BOS, EOS = 1, 2
 RATES = 6e-3, 5e-3, 0.1             # AdamW's and Muon's learning rate, decay: the speed does not depend on them
 
@@ -71,7 +71,7 @@ def network():
         return Model(ModelConfig(vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len,
                                  tie_embeddings=tie_embeddings, qk_norm=qk_norm))
     except ValueError as error:
-        raise SystemExit(f"bench.py: {error}") from None
+        raise SystemExit(f"bench: {error}") from None
 
 
 def now():
@@ -198,7 +198,7 @@ def training():
 def generation():
     """As sample.py generates: tokens/s behind the first of each sequence, milliseconds to the first."""
     if prompt_tokens + new_tokens > max_seq_len:
-        raise SystemExit(f"bench.py: prompt_tokens ({prompt_tokens}) and new_tokens ({new_tokens}) together are more "
+        raise SystemExit(f"bench: prompt_tokens ({prompt_tokens}) and new_tokens ({new_tokens}) together are more "
                          f"than max_seq_len ({max_seq_len})")
     where = runtime.start(device).device
     runtime.keep_freed_memory()
@@ -219,8 +219,8 @@ def generation():
 
 
 def run(script, *arguments):
-    """Run a script beside this one as it is typed; SystemExit with what it says if it fails."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *arguments], capture_output=True, text=True,
+    """Run a script of the top level as it is typed; SystemExit with what it says if it fails."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], capture_output=True, text=True,
                           encoding="utf-8", errors="replace")
     if done.returncode:
         raise SystemExit(f"{script}: {done.stderr.strip()}")
@@ -314,9 +314,9 @@ def number(x):
 
 def main():
     if only and only not in PARTS:
-        raise SystemExit(f"bench.py: --only={only}: choose one of {', '.join(PARTS)}")
+        raise SystemExit(f"bench: --only={only}: choose one of {', '.join(PARTS)}")
     if tokenizer and not tokenizer.endswith(".model"):
-        raise SystemExit(f"bench.py: --tokenizer={tokenizer}: what is compared is sentencepiece; give a *.model file")
+        raise SystemExit(f"bench: --tokenizer={tokenizer}: what is compared is sentencepiece; give a *.model file")
     if corpora:
         sources(corpora, TEXT)                                     # says at once what is wrong with it
     about, results = machine(), []

@@ -27,24 +27,23 @@ def their_name(name):
     return ".".join([*(["model.layers", layer[1]] if layer else []), NAMES[module], kind])
 
 
-def read_folder(path):
-    """A Hugging Face folder as a checkpoint of ours: a dict of stage, model (float32), shape, tokenizer and its hash.
+def read_folder(path, tokenizer=""):
+    """A Hugging Face folder as (ModelConfig, float32 weights by our names, Tokenizer, whether it is a chat model).
 
-    The stage is sft where the folder ends generation with the token that ends a turn, else pretrain.
+    A chat model ends generation with the token that ends a turn. tokenizer: another one than the folder's.
     Raises SystemExit with one sentence for what is missing, broken, or not computed here.
     """
     config = tokenizers.read_json(f"{path}/config.json")
     if not config:
-        raise SystemExit(f"{path}: a folder without config.json; name a checkpoint (a file) or a Hugging Face folder")
+        raise SystemExit(f"{path}: a folder without config.json; name a Hugging Face folder")
     shape = read_shape(f"{path}/config.json", config)
-    tok = tokenizers.load(path)
+    tok = tokenizers.load(tokenizer or path)
     known = max(tok.bos_id, *tok.stop_ids, *(id for id, piece in enumerate(tok.pieces) if piece))
     if known >= shape.vocab_size:
         raise SystemExit(f"{path}: its tokenizer has token {known}, but the model embeds {shape.vocab_size:,}")
     ends = [tokenizers.read_json(f"{path}/generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
     ends = [id for end in ends for id in (end if isinstance(end, list) else [end])]
-    return {"stage": "sft" if tok.end_id is not None and tok.end_id in ends else "pretrain", "shape": vars(shape),
-            "model": read_weights(path, shape), "tokenizer": path, "tokenizer_sha256": tok.sha256}
+    return shape, read_weights(path, shape), tok, tok.end_id is not None and tok.end_id in ends
 
 
 def read_shape(path, config):

@@ -1,11 +1,13 @@
 """One page to keep and to show of a run: report.md beside the checkpoint.
 
-    python report.py                                          of out/pretrain and out/sft, or the one that is there
+    python -m extras.report     of out/pretrain and out/sft, or the one that is there
 
 It computes nothing anew: the data are in meta.json, the losses in log.csv and best.pt, the speed in run.json, the score
-of an evaluation in the first paragraph of the page that it wrote beside the checkpoint. Only the samples are drawn now.
+of an evaluation in the first paragraph of the page that it wrote beside the checkpoint, with the fingerprint of that
+checkpoint. Only the samples are drawn now.
 """
 import os
+import re
 import shlex
 from glob import escape, glob
 from statistics import fmean
@@ -88,6 +90,19 @@ def samples(model, saved, tok, where):
     return lines + ["", "All constants:", ""]
 
 
+def evaluations(folder, link):
+    """A line for each page of eval_bleu.py or the exams in a folder: its scores, if they are those of best.pt."""
+    lines, now = [], runtime.fingerprint(f"{folder}/best.pt")
+    for path in sorted(glob(f"{escape(folder)}/*.md")):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            summary = " ".join(f.read().partition("\n\n")[0].split())
+        page = f"[{os.path.basename(path)}]({link(path)})"
+        if scored := re.match(r"\S.*? \(([0-9a-f]{8})\): ", summary):
+            lines.append(f"{summary} ({page})" if scored[1] == now else
+                         f"{page} scores another checkpoint than best.pt is now: evaluate again")
+    return lines
+
+
 def main():
     folders = [folder for folder in (pretrain_dir, sft_dir) if folder and os.path.exists(f"{folder}/best.pt")]
     if not folders:
@@ -103,15 +118,12 @@ def main():
         model.to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
         scores.append(f"{folder}: {model.n_params() / 1e6:.1f} M parameters, **{saved['val_bpb']:.4f} bits per byte** of "
                       f"validation {'answers' if is_sft else 'text'}")
-        for path in sorted(glob(f"{escape(folder)}/*.md")):
-            with open(path, encoding="utf-8") as f:
-                summary = " ".join(f.read().partition("\n\n")[0].split())
-            if summary != TITLE:
-                scores.append(f"{summary} ([{os.path.basename(path)}]({link(path)}))")
+        scores += evaluations(folder, link)
         lines += ["", f"## {'Fine-tuning' if is_sft else 'Pretraining'}", *figures(folder, saved, model.n_params())]
         if os.path.exists(f"{folder}/curve.png"):
             lines.append(f"![loss over steps]({link(f'{folder}/curve.png')})")
-        constants = shlex.join(f"--{name}={value}" for name, value in saved["constants"].items())
+        constants = shlex.join(f"--{name}={value}" for name, value in saved["constants"].items()
+                               if name not in ("resume", "overwrite"))      # a copied command must not destroy the run
         lines += [*data(saved, tok), *samples(model, saved, tok, where), f"    python {saved['stage']}.py {constants}"]
     with config.whole_file(page) as f:
         f.write("\n".join([TITLE, "", *(f"- {score}" for score in scores), *lines]) + "\n")

@@ -1,0 +1,121 @@
+"""Import a model from elsewhere: its weights -> a checkpoint that every stage here takes.
+
+    python -m extras.import_weights --source=Qwen3-0.6B --out=out/qwen3/best.pt
+    python -m extras.import_weights --source=epoch_4.pth --tokenizer=chatglm_tokenizer/tokenizer.model
+    python sample.py --checkpoint=out/imported/best.pt --prompt=你好
+
+The source is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a .pth file of
+baby-llama2-chinese. Such a file holds weights only: width, depth, vocabulary and key/value heads
+are read from them, the constants give the rest. Source: DLLXW/baby-llama2-chinese, model.py.
+"""
+import os
+import pickle
+import re
+
+import torch
+
+import config
+import runtime
+import tokenizer as tokenizers
+from extras import huggingface
+from model import Model, ModelConfig
+
+source      = "Qwen3-0.6B"            # a Hugging Face folder, or a .pth file: torch.save(model.state_dict(), ...)
+out         = "out/imported/best.pt"  # the checkpoint to write
+tokenizer   = ""                      # the one of the weights; empty: the folder's. A .pth needs its sentencepiece file
+stage       = ""                      # sft: it answers; pretrain: it continues text; empty: as a folder says, sft for a .pth
+# of a .pth only, whose weights do not tell
+n_heads     = 8                       # query heads
+max_seq_len = 512                     # tokens of the longest context it was trained on
+norm_eps    = 1e-5                    # epsilon of the RMSNorms
+config.override(globals())
+
+PARTS = {"tok_embeddings": "embedding", "output": "head", "layers": "blocks",
+         "feed_forward": "ffn"}       # baby-llama2's names: ours
+
+
+def read_pth():
+    """The tensors of a .pth under our names, float32; SystemExit if it holds anything else."""
+    try:
+        weights = torch.load(source, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"{source}: cannot be read as weights ({reason})") from None
+    is_tensor = lambda w: isinstance(w, torch.Tensor)
+    if not isinstance(weights, dict) or not all(map(is_tensor, weights.values())):
+        raise SystemExit(f"{source}: does not hold named tensors alone; "
+                         "save the model's state_dict()")
+    named = {}
+    for name, w in weights.items():
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)     # prefixes of torch.compile and DDP
+        if name not in ("freqs_cos", "freqs_sin"):               # tables, computed from the positions
+            named[".".join(PARTS.get(part, part) for part in name.split("."))] = w.float()
+    return named
+
+
+def halves(w, head_dim):
+    """Reorder the rows of a query or key projection (H D, C).
+
+    baby-llama2 rotates the neighbours (2i, 2i + 1), model.py the pairs (i, i + D/2).
+    """
+    return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def baby_llama2(tok):
+    """(shape, weights) of a .pth; SystemExit if constants or tokenizer do not fit them."""
+    weights = read_pth()
+    needed = ["embedding.weight", "head.weight", "blocks.0.attention.wk.weight",
+              "blocks.0.ffn.w1.weight"]
+    if not set(needed) <= weights.keys():
+        missing = min(set(needed) - weights.keys())
+        raise SystemExit(f"{source}: no weights of baby-llama2-chinese: {missing} missing")
+    embedding, head, wk, w1 = (weights[name] for name in needed)
+    vocab_size, dim = embedding.shape
+    if tok.vocab_size != vocab_size:
+        raise SystemExit(f"{source}: has {vocab_size:,} tokens, but {tok.name} {tok.vocab_size:,}; "
+                         "name the tokenizer that it was trained with")
+    if dim % n_heads or len(wk) % (dim // n_heads):
+        raise SystemExit(f"--n_heads={n_heads}: does not go with a width of {dim} and keys of "
+                         f"{len(wk)}")
+    head_dim = dim // n_heads
+    for name in weights:
+        if name.endswith(("wq.weight", "wk.weight")):
+            weights[name] = halves(weights[name], head_dim)
+    n_layers = sum(name.endswith("attention.wq.weight") for name in weights)
+    try:
+        shape = ModelConfig(vocab_size, dim, n_layers, n_heads, len(wk) // head_dim,
+                            hidden_dim=len(w1), max_seq_len=max_seq_len, norm_eps=norm_eps,
+                            tie_embeddings=head.equal(embedding))
+    except ValueError as error:
+        raise SystemExit(f"{source}: {error}") from None
+    return shape, weights
+
+
+def main():
+    if stage not in ("", "pretrain", "sft"):
+        raise SystemExit(f"--stage={stage}: choose pretrain or sft")
+    if not out or os.path.isdir(out):
+        raise SystemExit(f"--out={out}: name a file, such as out/imported/best.pt")
+    if os.path.isdir(source):
+        shape, weights, tok, is_chat = huggingface.read_folder(source, tokenizer)
+    elif not tokenizer:
+        raise SystemExit(f"{source}: not a folder; with a .pth file, --tokenizer= names the "
+                         "sentencepiece file that it was trained with")
+    else:
+        tok, is_chat = tokenizers.load(tokenizer), True
+        shape, weights = baby_llama2(tok)
+    try:
+        model = Model.from_state(vars(shape), weights)
+    except RuntimeError as error:                                # a name or a size that does not fit
+        raise SystemExit(f"{source}: {' '.join(str(error).split())}") from None
+    its_stage = stage or ("sft" if is_chat else "pretrain")
+    runtime.save_checkpoint(out, {
+        "stage": its_stage, "model": model.state_dict(), "shape": vars(shape),
+        "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
+    print(f"{out}: {model.n_params():,} parameters, {shape.n_layers} layers of {shape.dim}, "
+          f"{shape.n_heads} heads of {shape.head_dim} on {shape.n_kv_heads} for keys and values, "
+          f"{shape.vocab_size:,} tokens; stage {its_stage}")
+
+
+if __name__ == "__main__":
+    main()
