@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import config
 import corpora
 import runtime
@@ -115,7 +116,7 @@ def answer_all(model, tok, prompts):
 def main():
     if repetition_penalty <= 0:
         raise SystemExit(f"repetition_penalty ({repetition_penalty}) must be above 0")
-    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
+    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()
     where = runtime.start(device).device
     runtime.keep_freed_memory()

@@ -20,6 +20,7 @@ from glob import escape, glob
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import config
 import corpora
 import runtime
@@ -257,7 +258,7 @@ def main():
                          "the Hugging Face hub, and --data_dir= names the folder that holds dev, val and test")
     if shots and not any(examples.values()):
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; --shots=0 asks without")
-    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
+    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()

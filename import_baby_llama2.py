@@ -11,8 +11,8 @@ import re
 
 import torch
 
+import checkpoints
 import config
-import runtime
 import tokenizer as tokenizers
 from model import Model, ModelConfig
 
@@ -74,7 +74,7 @@ def main():
         model = Model.from_state(vars(shape), weights)
     except (ValueError, RuntimeError) as error:                            # strict: each name, each size
         raise SystemExit(f"{pth}: {' '.join(str(error).split())}") from None
-    runtime.save_checkpoint(out, {"stage": stage, "model": model.state_dict(), "shape": vars(shape),
+    checkpoints.save(out, {"stage": stage, "model": model.state_dict(), "shape": vars(shape),
                                   "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
     print(f"{out}: {model.n_params():,} parameters, {n_layers} layers of {dim}, {n_heads} heads of {head_dim} on "
           f"{shape.n_kv_heads} for keys and values, {vocab_size:,} tokens")

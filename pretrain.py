@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, ModelConfig, generate, make_optimizers
@@ -115,8 +116,8 @@ def sample(model, tok, autocast, process):
 def main():
     global max_steps
     tok = tokenizers.load(tokenizer)
-    meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
-    train, val = (runtime.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py",
+    meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
+    train, val = (checkpoints.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py",
                                    below=tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = (math.ceil((len(data) - 1) / max_seq_len) for data in (train, val))
     n_val_rows = min(n_val_rows, max(1, eval_tokens // max_seq_len))
@@ -125,7 +126,7 @@ def main():
     if not (n_rows and n_val_rows and max_steps):
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
                          "of them may be 0; prepare_pretrain.py with more text, or a larger val_fraction")
-    pretrained = runtime.load_checkpoint(init_from) if init_from else None
+    pretrained = checkpoints.load(init_from) if init_from else None
     try:
         shape = ModelConfig(**pretrained["shape"]) if init_from else ModelConfig(
             tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
@@ -138,7 +139,7 @@ def main():
         raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {init_from} reads {shape.max_seq_len} at most")
     identity = {**vars(shape), "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
                 "batch_tokens": batch_tokens, "seed": seed}
-    saved = runtime.open_run(out_dir, resume, overwrite, "pretrain", identity)
+    saved = checkpoints.open_run(out_dir, resume, overwrite, "pretrain", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
@@ -146,18 +147,18 @@ def main():
     model = Model.from_state(vars(shape), pretrained.pop("model")) if init_from else Model(shape)
     model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
-    start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     said = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
-    log = runtime.Log(f"{out_dir}/log.csv", start, process)
+    log = checkpoints.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
-        runtime.refuse_to_save_nan(model, step, out_dir)
+        checkpoints.refuse_to_save_nan(model, step, out_dir)
         if process.is_main:
             log.flush()                                                # never behind a checkpoint
-            runtime.save_checkpoint(f"{out_dir}/{name}", {
+            checkpoints.save(f"{out_dir}/{name}", {
                 "stage": "pretrain", "model": model.state_dict(), "shape": vars(shape), "step": step,
                 "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 **more})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, generate, make_optimizers
@@ -81,9 +82,9 @@ class Examples:
 
     def __init__(self, part, counts, size, vocab_size):
         path = f"{data_dir}/{part}"
-        self.tokens = runtime.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py", below=vocab_size)
-        self.mask = runtime.open_bin(f"{path}.mask", "u1", counts["tokens"], "prepare_sft.py")
-        self.starts = runtime.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
+        self.tokens = checkpoints.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py", below=vocab_size)
+        self.mask = checkpoints.open_bin(f"{path}.mask", "u1", counts["tokens"], "prepare_sft.py")
+        self.starts = checkpoints.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
         lengths = np.diff(self.starts) - 1                             # n tokens are n - 1 inputs, each with a target
         if lengths.max(initial=0) > size:
             raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a row of this run "
@@ -147,8 +148,8 @@ def sample(model, tok, autocast, process):
 def main():
     global max_steps, max_seq_len
     tok = tokenizers.load(tokenizer)
-    meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
-    pretrained = runtime.load_checkpoint(checkpoint)
+    meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
+    pretrained = checkpoints.load(checkpoint)
     if pretrained["tokenizer_sha256"] != tok.sha256:
         raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
     shape = pretrained["shape"]
@@ -164,25 +165,25 @@ def main():
                          "of them may be 0; prepare_sft.py with more text, or a larger val_fraction")
     identity = {**shape, "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
                 "batch_tokens": batch_tokens, "seed": seed}
-    saved = runtime.open_run(out_dir, resume, overwrite, "sft", identity)
+    saved = checkpoints.open_run(out_dir, resume, overwrite, "sft", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
     model = Model.from_state(shape, pretrained.pop("model"))
     model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
-    start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
+    start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     said = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
-    log = runtime.Log(f"{out_dir}/log.csv", start, process)
+    log = checkpoints.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
-        runtime.refuse_to_save_nan(model, step, out_dir)
+        checkpoints.refuse_to_save_nan(model, step, out_dir)
         if process.is_main:
             log.flush()                                                # never behind a checkpoint
-            runtime.save_checkpoint(f"{out_dir}/{name}", {
+            checkpoints.save(f"{out_dir}/{name}", {
                 "stage": "sft", "model": model.state_dict(), "shape": shape, "step": step,
                 "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 **more})

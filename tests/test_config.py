@@ -147,9 +147,9 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_old_file(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 @pytest.mark.parametrize("numbers", [10, 100_000])                       # fails in flush(), and in write() already
 def test_a_checkpoint_on_a_full_disk_ends_in_one_sentence(tmp_path, numbers):
-    torch, runtime = pytest.importorskip("torch"), pytest.importorskip("runtime")
+    torch, checkpoints = pytest.importorskip("torch"), pytest.importorskip("checkpoints")
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
     os.symlink("/dev/full", f"{path}.tmp")
-    assert "disk is full" in refused(runtime.save_checkpoint, str(path), {"x": torch.zeros(numbers)})
+    assert "disk is full" in refused(checkpoints.save, str(path), {"x": torch.zeros(numbers)})
     assert path.read_bytes() == b"old"

@@ -12,8 +12,8 @@ import torch
 import transformers
 from conftest import dialogue, run, story
 
+import checkpoints
 import export
-import runtime
 import tokenizer
 import train_tokenizer
 from model import Model, ModelConfig, generate
@@ -49,7 +49,7 @@ def exported(tok, tmp_path, monkeypatch):
                                             max_seq_len=96), **options})).eval()
         for p in model.parameters():
             torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
-        runtime.save_checkpoint(str(tmp_path / "best.pt"), {
+        checkpoints.save(str(tmp_path / "best.pt"), {
             "stage": stage, "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
             "tokenizer_sha256": tok.sha256, "step": 1234, "val_loss": 2.34567, "val_bpb": 1.01234,
             "constants": {"muon_lr": 0.00567}})
@@ -122,7 +122,7 @@ def test_the_chat_template_renders_what_sft_trains_on(exported, spaced):
 def test_our_stages_read_the_folder_again(exported, tok):
     for stage in ("sft", "pretrain"):
         folder, model = exported(stage=stage, **KINDS["Llama scaled"])
-        saved = runtime.load_checkpoint(str(folder))
+        saved = checkpoints.load(str(folder))
         assert saved["stage"] == stage and saved["shape"] == vars(model.config)
         assert saved["tokenizer_sha256"] == tok.sha256 == tokenizer.load(saved["tokenizer"]).sha256
         assert all(torch.equal(w, saved["model"][name]) for name, w in model.state_dict().items())
@@ -147,7 +147,7 @@ def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_t
     assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == tok.prompt(messages)
     messages.append({"role": "assistant", "content": "好。"})
     assert again.apply_chat_template(messages, return_dict=False) == tok.render(messages)[0]
-    assert runtime.load_checkpoint(str(folder))["tokenizer_sha256"] == tok.sha256
+    assert checkpoints.load(str(folder))["tokenizer_sha256"] == tok.sha256
     with pytest.raises(SystemExit, match="convert_hf_to_gguf"):
         exported("model.gguf", tok=tok)
 

@@ -13,6 +13,7 @@ import transformers
 from conftest import dialogue, run, story
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import eval_bleu
 import import_baby_llama2
 import prepare_pretrain
@@ -269,7 +270,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, tok, kind, o
     theirs = save_model(tmp_path, kind, tok=tok, **options)
     if layout == "old":
         old_layout(tmp_path)
-    saved = runtime.load_checkpoint(str(tmp_path))
+    saved = checkpoints.load(str(tmp_path))
     assert (saved["stage"], saved["tokenizer"], saved["tokenizer_sha256"]) == ("pretrain", str(tmp_path), tok.sha256)
     assert all(w.dtype == torch.float32 for w in saved["model"].values())
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 or not options.get("shards")
@@ -289,7 +290,7 @@ def test_the_positions_of_llama_3_agree_up_to_the_last(tmp_path, tok):
     options = dict(max_position_embeddings=131_072, rope_parameters={
         **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0})
     theirs = save_model(tmp_path, "Llama", tok=tok, head_dim=64, **options)
-    saved = runtime.load_checkpoint(str(tmp_path))
+    saved = checkpoints.load(str(tmp_path))
     rope = Model.from_state(saved["shape"], saved["model"]).rope
     rope[1, ..., :32] *= -1                                              # negated in the table
     at = torch.tensor([[0, 1, 5000, 40_000, 131_071]])
@@ -302,14 +303,14 @@ def test_the_positions_of_llama_3_agree_up_to_the_last(tmp_path, tok):
 def test_a_folder_with_chat_tokens_answers_where_it_ends_with_the_turn(tmp_path, tok):
     for eos, stage in ((2, "pretrain"), (7, "sft"), ([2, 7], "sft")):
         save_model(tmp_path, "Llama", tok=tok, eos_token_id=eos)
-        assert runtime.load_checkpoint(str(tmp_path))["stage"] == stage
+        assert checkpoints.load(str(tmp_path))["stage"] == stage
     (tmp_path / "tokenizer.model").unlink()
     byte_level(tmp_path, eos="<|im_end|>")
     for eos, stage in ((320, "pretrain"), (322, "sft")):
         save_model(tmp_path, "Qwen2", eos_token_id=eos)
-        assert runtime.load_checkpoint(str(tmp_path))["stage"] == stage
+        assert checkpoints.load(str(tmp_path))["stage"] == stage
     change(tmp_path / "config.json", eos_token_id=320)
-    assert runtime.load_checkpoint(str(tmp_path))["stage"] == "sft"      # generation_config.json says so
+    assert checkpoints.load(str(tmp_path))["stage"] == "sft"      # generation_config.json says so
 
 
 def edit_weights(folder, change):
@@ -340,7 +341,7 @@ def edit_weights(folder, change):
 def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options, said):
     save_model(tmp_path, "Llama", tok=tok)
     change(tmp_path / "config.json", **options)
-    sentence = refused(runtime.load_checkpoint, str(tmp_path))
+    sentence = refused(checkpoints.load, str(tmp_path))
     assert said in sentence and sentence.startswith(str(tmp_path))
 
 
@@ -357,9 +358,9 @@ def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options,
 def test_a_folder_that_is_not_whole_ends_in_one_sentence(tmp_path, tok, spoil, said):
     save_model(tmp_path, "Llama", tok=tok)
     edit_weights(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    runtime.load_checkpoint(str(tmp_path))                               # which old folders have, and nothing needs
+    checkpoints.load(str(tmp_path))                               # which old folders have, and nothing needs
     spoil(tmp_path)
-    sentence = refused(runtime.load_checkpoint, str(tmp_path))
+    sentence = refused(checkpoints.load, str(tmp_path))
     assert said in sentence and sentence.startswith(str(tmp_path))
 
 
@@ -367,13 +368,13 @@ def test_a_missing_shard_is_named(tmp_path, tok):
     save_model(tmp_path, "Llama", tok=tok, shards=True)
     [first, *_] = sorted(tmp_path.glob("*.safetensors"))
     first.unlink()
-    assert f"{first}: not there" in refused(runtime.load_checkpoint, str(tmp_path))
+    assert f"{first}: not there" in refused(checkpoints.load, str(tmp_path))
 
 
 def test_without_safetensors_one_line_says_what_to_install(tmp_path, tok, monkeypatch):
     save_model(tmp_path, "Llama", tok=tok)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install safetensors" in refused(runtime.load_checkpoint, str(tmp_path))
+    assert "pip install safetensors" in refused(checkpoints.load, str(tmp_path))
 
 
 # ---- stages that start from a folder --------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
         monkeypatch.setattr(runtime, "draw_curve", lambda out_dir, title: "no curve")
         monkeypatch.setattr(runtime, "StopRequest", lambda: False)
         stage.main()
-        return [float(row["loss"]) for row in runtime.read_log(f"{tmp_path}/out/log.csv")]
+        return [float(row["loss"]) for row in checkpoints.read_log(f"{tmp_path}/out/log.csv")]
     return call
 
 
@@ -413,7 +414,7 @@ BOTH = pytest.mark.parametrize("stage", [pretrain, sft], ids=["pretrain", "sft"]
 def test_training_goes_on_from_a_folder_on_short_rows(train, tmp_path, tok, folder, stage, capsys):
     log = train(stage, tokenizer=str(folder))
     assert "400 tokens = 5 rows of 80" in capsys.readouterr().out
-    best, before = runtime.load_checkpoint(f"{tmp_path}/out/best.pt"), runtime.load_checkpoint(str(folder))
+    best, before = checkpoints.load(f"{tmp_path}/out/best.pt"), checkpoints.load(str(folder))
     assert best["shape"] == before["shape"] and best["shape"]["max_seq_len"] == 131_072
     moved = [(w - before["model"][name]).abs().max().item() for name, w in best["model"].items()]
     assert 0 < max(moved) < 0.2 and log[-1] < log[0]                     # it started there, and went on
@@ -567,7 +568,7 @@ def imported(tmp_path, tok, monkeypatch):
                                            ("module.", dict(n_kv_heads=1)), ("_orig_mod.module.", dict(n_kv_heads=4))])
 def test_logits_are_those_of_a_naive_baby_llama2(imported, tok, prefix, sizes):
     weights, n_heads = baby_llama2(tok.vocab_size, **sizes), sizes.get("n_heads", 4)
-    saved = runtime.load_checkpoint(imported({prefix + name: w for name, w in weights.items()}, n_heads=n_heads))
+    saved = checkpoints.load(imported({prefix + name: w for name, w in weights.items()}, n_heads=n_heads))
     assert saved["stage"] == "sft" and saved["shape"]["n_kv_heads"] == sizes.get("n_kv_heads", 2)
     assert saved["shape"]["tie_embeddings"] and saved["tokenizer_sha256"] == tok.sha256
     ids = torch.randint(tok.vocab_size, (40,), generator=torch.Generator().manual_seed(1))

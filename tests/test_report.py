@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-import runtime
+import checkpoints
 from conftest import run
 
 SMALL = ["--batch_tokens=320", "--micro_batch=5", "--warmup_steps=2", "--device=cpu", "--dtype=float32", "--tokenizer=tok.model"]
@@ -103,8 +103,8 @@ def test_either_stage_may_be_missing(folder, tmp_path):
 
 
 def test_a_checkpoint_without_a_run_is_refused(folder, tmp_path):
-    saved = runtime.load_checkpoint(str(folder / "out/sft/best.pt"))
-    runtime.save_checkpoint(str(tmp_path / "best.pt"), {name: saved[name] for name in saved if name != "val_bpb"})
+    saved = checkpoints.load(str(folder / "out/sft/best.pt"))
+    checkpoints.save(str(tmp_path / "best.pt"), {name: saved[name] for name in saved if name != "val_bpb"})
     done = run("report.py", folder, "--pretrain_dir=", f"--sft_dir={tmp_path}")
     assert done.rc == 1 and done.err.count("\n") == 1 and "nothing to report" in done.err
 

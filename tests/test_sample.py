@@ -6,7 +6,7 @@ import torch
 from conftest import run
 
 import config
-import runtime
+import checkpoints
 import sample
 from model import Model, ModelConfig, generate
 
@@ -24,7 +24,7 @@ def checkpoints(tok, tmp_path_factory):
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     for stage in ("pretrain", "sft"):
         paths[stage] = str(folder / f"{stage}.pt")
-        runtime.save_checkpoint(paths[stage], {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+        checkpoints.save(paths[stage], {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
                                                "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
     return paths, model
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from conftest import dialogue, run, story, write_meta, write_pretrain, write_sft
 
+import checkpoints
 import config
 import pretrain
 import runtime
@@ -48,7 +49,7 @@ def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
 
 
 def save_model(path, model, tok, stage, **more):
-    runtime.save_checkpoint(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+    checkpoints.save(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
                                         "step": 0, "constants": {}, "tokenizer": tok.name,
                                         "tokenizer_sha256": tok.sha256, **more})
 
@@ -193,7 +194,7 @@ def examples(settings, tok):
     with constants(sft, **settings[sft]):
         meta = json.loads(Path(sft.data_dir, "meta.json").read_text("utf-8"))
         data = sft.Examples("train", meta["train"], LONG, tok.vocab_size)
-        saved = runtime.load_checkpoint(sft.checkpoint)
+        saved = checkpoints.load(sft.checkpoint)
     model = Model.from_state(saved["shape"], saved["model"])
     singles, nats = [], []
     for a, b in zip(data.starts, data.starts[1:]):
@@ -246,7 +247,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_global_batch(train, 
 
 def test_the_pretraining_loss_is_the_mean_over_all_tokens_of_the_global_batch(train, tmp_path, pretrain_dir, tok):
     [row] = train(pretrain, "a", max_steps=1, lr=0.0, muon_lr=0)         # lr 0: the saved weights are the initial ones
-    saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    saved = checkpoints.load(tmp_path / "a" / "last.pt")
     model = Model.from_state(saved["shape"], saved["model"])
     data = np.fromfile(pretrain_dir / "train.bin", dtype="<u2").astype(int)
     picked, documents = [], np.cumsum(np.append(0, data[:-1] == tok.eos_id))
@@ -265,7 +266,7 @@ def test_the_pretraining_loss_is_the_mean_over_all_tokens_of_the_global_batch(tr
 @BOTH
 def test_the_validation_loss_is_the_mean_over_the_whole_split(train, settings, tok, tmp_path, stage, pretrain_dir):
     log = train(stage, "a", max_steps=2, eval_interval=1)
-    saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    saved = checkpoints.load(tmp_path / "a" / "last.pt")
     model = Model.from_state(saved["shape"], saved["model"])
     nats, n, n_bytes = 0.0, 0, 0
     with constants(stage, **settings[stage]), torch.no_grad():
@@ -318,7 +319,7 @@ def test_half_precision_learns_like_float32(train, stage, dtype, tmp_path):
     assert [row["loss"] for row in half] != [row["loss"] for row in full]
     for a, b in zip(half, full):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
-    saved = runtime.load_checkpoint(tmp_path / "half" / "last.pt")
+    saved = checkpoints.load(tmp_path / "half" / "last.pt")
     assert saved["model"]["embedding.weight"].dtype == torch.float32
     assert bool(saved["scaler"]) == (dtype == "float16") and saved["skipped"] == 0
 
@@ -326,7 +327,7 @@ def test_half_precision_learns_like_float32(train, stage, dtype, tmp_path):
 def test_an_overflow_in_float16_skips_the_step_lowers_the_scale_and_is_counted(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0 ** 40))
     log = train(pretrain, "a", dtype="float16", max_steps=40, eval_interval=40, batch_tokens=2 * 32)
-    saved = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    saved = checkpoints.load(tmp_path / "a" / "last.pt")
     assert 10 < saved["skipped"] < 35 and f"{saved['skipped']} skipped" in capsys.readouterr().out
     assert saved["scaler"]["scale"] == 2.0 ** (40 - saved["skipped"])
     assert all(torch.isfinite(w).all() for w in saved["model"].values())
@@ -340,7 +341,7 @@ def same_run(a, b):
     """The logs of two runs are the same bytes, and so are their weights and the optimizers' states."""
     assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
-        one, two = (runtime.load_checkpoint(folder / name) for folder in (a, b))
+        one, two = (checkpoints.load(folder / name) for folder in (a, b))
         assert one["step"] == two["step"] and one.keys() == two.keys()
         assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
         assert one.get("best") == two.get("best") and one.get("val_loss") == two.get("val_loss")
@@ -364,7 +365,7 @@ def test_a_run_stopped_by_sigterm_finishes_its_step_and_resumes_exactly(train, s
         train(stage, "stopped", max_steps=9, eval_interval=4)            # returns: exit code 0
     said = capsys.readouterr()
     assert "stopping after this step" in said.err and "stopped after step 5, saved in" in said.out
-    assert runtime.load_checkpoint(tmp_path / "stopped" / "last.pt")["step"] == 5
+    assert checkpoints.load(tmp_path / "stopped" / "last.pt")["step"] == 5
     assert len(read_log(tmp_path / "stopped")) == 5 and signal.getsignal(signal.SIGTERM) == handler
     train(stage, "stopped", max_steps=9, eval_interval=4, resume=True)
     assert len(whole) == 9
@@ -372,18 +373,18 @@ def test_a_run_stopped_by_sigterm_finishes_its_step_and_resumes_exactly(train, s
 
 
 KILL = """
-import os, signal, runtime
-save, written = runtime.save_checkpoint, 0
+import os, signal, checkpoints
+save, written = checkpoints.save, 0
 def save_and_die(path, state):
     global written
     written += path.endswith("last.pt")
     if path.endswith("last.pt") and written == 3:
         if {when} == "while saving":
-            runtime.config.os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)
+            checkpoints.config.os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL)
         save(path, state)
         os.kill(os.getpid(), signal.SIGKILL)
     save(path, state)
-runtime.save_checkpoint = save_and_die
+checkpoints.save = save_and_die
 """
 
 
@@ -395,7 +396,7 @@ def test_a_killed_run_resumes_exactly(train, settings, tmp_path, stage, when):
     arguments = flags(settings, stage, **how, out_dir=tmp_path / "killed")
     killed = run(f"{stage.__name__}.py", tmp_path, *arguments, code=KILL.format(when=repr(when)))
     assert killed.rc == -signal.SIGKILL, killed.err
-    assert runtime.load_checkpoint(tmp_path / "killed" / "last.pt")["step"] == (6 if when == "after saving" else 4)
+    assert checkpoints.load(tmp_path / "killed" / "last.pt")["step"] == (6 if when == "after saving" else 4)
     resumed = run(f"{stage.__name__}.py", tmp_path, *arguments, "--resume")
     assert resumed.rc == 0, resumed.err
     assert (tmp_path / "killed" / "curve.png").stat().st_size > 1000 or "pip install matplotlib" in resumed.out
@@ -409,7 +410,7 @@ def test_a_float16_run_resumes_with_its_scale(train, tmp_path, monkeypatch):
     train(pretrain, "stopped", **{**how, "max_steps": 12})
     train(pretrain, "stopped", **how, resume=True)
     same_run(tmp_path / "whole", tmp_path / "stopped")
-    one, two = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "stopped"))
+    one, two = (checkpoints.load(tmp_path / name / "last.pt") for name in ("whole", "stopped"))
     assert one["scaler"] == two["scaler"] and one["skipped"] == two["skipped"] > 5
 
 
@@ -420,8 +421,8 @@ def test_a_worse_validation_does_not_replace_the_best_also_after_resuming(train,
     train(stage, "a", max_steps=3, eval_interval=1)
     for max_steps, best, of_step in ((3, 4.0, 2), (4, 4.0, 2), (5, 3.0, 5)):
         train(stage, "a", max_steps=max_steps, eval_interval=1, resume=True)
-        assert runtime.load_checkpoint(tmp_path / "a" / "last.pt")["best"] == best
-        assert runtime.load_checkpoint(tmp_path / "a" / "best.pt")["step"] == of_step
+        assert checkpoints.load(tmp_path / "a" / "last.pt")["best"] == best
+        assert checkpoints.load(tmp_path / "a" / "best.pt")["step"] == of_step
 
 
 @BOTH
@@ -452,9 +453,9 @@ def test_resuming_without_muon_what_began_with_it_is_refused(train, stage):
 @BOTH
 def test_resuming_takes_the_learning_rates_of_now(train, tmp_path, stage):
     train(stage, "a", max_steps=2)
-    before = runtime.load_checkpoint(tmp_path / "a" / "last.pt")["model"]
+    before = checkpoints.load(tmp_path / "a" / "last.pt")["model"]
     train(stage, "a", max_steps=6, resume=True, lr=1e-12, muon_lr=1e-12)
-    after = runtime.load_checkpoint(tmp_path / "a" / "last.pt")
+    after = checkpoints.load(tmp_path / "a" / "last.pt")
     assert after["step"] == 6
     for name, w in before.items():
         torch.testing.assert_close(after["model"][name], w, rtol=0, atol=1e-8, msg=name)
@@ -468,7 +469,7 @@ def test_a_diverging_run_stops_with_a_sentence_and_leaves_no_poisoned_checkpoint
     said = refused(train, stage, "a", max_steps=20, resume=True, lr=1e38, muon_lr=1e38, **how)
     assert "step" in said and "last.pt" in said
     for path in (tmp_path / "a").glob("*.pt"):
-        saved = runtime.load_checkpoint(path)
+        saved = checkpoints.load(path)
         assert all(torch.isfinite(w).all() for w in saved["model"].values())
         model = Model.from_state(saved["shape"], saved["model"])
         with torch.no_grad():
@@ -641,7 +642,7 @@ def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok,
     for name, data in cases.items():
         path.write_bytes(data)
         try:
-            state = runtime.load_checkpoint(str(path))
+            state = checkpoints.load(str(path))
             if "noise" not in name:  # noise may hit the weights, which have no checksum
                 wrong[name] = f"was taken: {list(state)}"
         except SystemExit as stopped:
@@ -651,7 +652,7 @@ def test_a_broken_or_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tok,
     assert not (tmp_path / "ran").exists()
     assert wrong == {}
     path.write_bytes(whole)
-    assert runtime.load_checkpoint(str(path))["shape"] == vars(model.config)
+    assert checkpoints.load(str(path))["shape"] == vars(model.config)
 
 
 def test_compiled_blocks_have_the_losses_of_plain_ones(train, monkeypatch):
