@@ -21,14 +21,19 @@ import sys
 from contextlib import contextmanager
 
 
-def override(namespace, argv=None):
-    """Change the constants that stand above this call by `--name=value`, and return all of them as a dict.
+def override(namespace, argv=None, outlives_reader=False):
+    """Change the constants that stand above this call by `--name=value`, and return them as a dict.
 
-    namespace: the calling script's globals(); argv: the arguments, by default those of the command line when the
-    script is run (and none when it is imported). A value takes the type of the default: bool (`--name` alone means
-    true), int, float or str. Raises SystemExit with one sentence for anything that does not fit.
+    namespace: the calling script's globals(); argv: the arguments, by default those of the command
+    line when the script is run (and none when it is imported). A value takes the type of the
+    default: bool (`--name` alone means true), int, float or str. outlives_reader: the script goes
+    on when nobody reads its output any more. Raises SystemExit with one sentence for anything that
+    does not fit.
     """
-    is_script = namespace["__name__"] in ("__main__", "__mp_main__")     # __mp_main__: a spawned worker reads it again
+    # a spawned worker runs the script again, as __mp_main__
+    is_script = namespace["__name__"] in ("__main__", "__mp_main__")
+    if is_script:
+        guard_streams(outlives_reader)
     argv = (sys.argv[1:] if is_script else []) if argv is None else argv
     source, script = constants_of(namespace["__file__"]), os.path.basename(namespace["__file__"])
     if "--help" in argv or "-h" in argv:
@@ -58,6 +63,54 @@ def override(namespace, argv=None):
             raise SystemExit(f"{script}: --{name}=0 must be at least 1")        # else the comment says what 0 means
         namespace[name] = value
     return {name: namespace[name] for name in source}
+
+
+class Output:
+    """Standard output or standard error; its reader may go away, as in `| head`.
+
+    Then a script ends with 141, the exit code of a shell's SIGPIPE, or it goes on unread (outlives).
+    """
+
+    def __init__(self, stream, outlives):
+        self.stream, self.outlives, self.end = stream, outlives, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if self.end is not None and not self.outlives:
+            raise SystemExit(self.end)
+        return self.guarded(self.stream.write, text)
+
+    def flush(self):
+        self.guarded(self.stream.flush)
+
+    def guarded(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            # Windows has EINVAL for a closed pipe; a log file can also meet a full disk
+            closed = error.errno in (errno.EPIPE, errno.EINVAL)
+            self.end = 141 if closed else f"standard output cannot be written: {error.strerror}"
+            # what is still buffered goes nowhere, or flushing it at the exit would raise again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def guard_streams(outlives):
+    """Let no character, closed pipe or missing console end a script: text is there to be watched.
+
+    The encoding stays the system's: a terminal on a Chinese Windows, and PowerShell's `> log.txt`,
+    expect GBK, which holds nearly all Chinese. Other characters are written as \\uXXXX.
+    """
+    for name in "stdin", "stdout", "stderr":
+        stream = getattr(sys, name)
+        if stream is None:                    # closed by the parent, or pythonw
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace" if name == "stdin" else "backslashreplace")
+        if name != "stdin" and not isinstance(stream, Output):
+            stream = Output(stream, outlives)
+        setattr(sys, name, stream)
 
 
 def parse(text, kind):

@@ -134,7 +134,7 @@ def ending_together():
 def override(namespace):
     """config.override() for the scripts that torchrun starts: a constant that is wrong on one machine ends all."""
     with ending_together():
-        return config.override(namespace)
+        return config.override(namespace, outlives_reader=True)
 
 
 def finish():

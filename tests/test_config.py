@@ -2,6 +2,9 @@
 import ast
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,3 +156,59 @@ def test_a_checkpoint_on_a_full_disk_ends_in_one_sentence(tmp_path, numbers):
     os.symlink("/dev/full", f"{path}.tmp")
     assert "disk is full" in refused(checkpoints.save, str(path), {"x": torch.zeros(numbers)})
     assert path.read_bytes() == b"old"
+
+
+def script(folder, body, **namespace):
+    """A script with constants and this body, and the command that runs it."""
+    path = folder / "script.py"
+    path.write_text(f'"""A script: 明月."""\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nimport config\n'
+                    "lines = 3      # how many; 照\nconfig.override(globals(), outlives_reader='outlives' in sys.argv[0])"
+                    f"\n{body}", encoding="utf-8")
+    return [sys.executable, str(path)]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "cp1252", "utf-8"])
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_no_character_ends_a_script_whatever_the_encoding_of_its_output(tmp_path, encoding, arguments):
+    command = script(tmp_path, "print('明月 😀 \\ud800', file=sys.stderr)\nprint('明月 😀 \\ud800 the end')")
+    done = subprocess.run([*command, *arguments], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert (b"--lines=3" if arguments else b"the end") in done.stdout
+    assert ("明月".encode(encoding, "backslashreplace")) in done.stdout
+
+
+def test_a_lost_console_ends_nothing(tmp_path):
+    command = script(tmp_path, "print('x', flush=True)\nsys.stdout.flush()\nprint('y', file=sys.stderr)\n"
+                     "try:\n    input()\nexcept EOFError:\n    open('whole', 'w').close()")
+    shell = subprocess.run(["sh", "-c", '"$0" "$1" <&- >&- 2>&-', *command], cwd=tmp_path)
+    assert shell.returncode == 0 and (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize("outlives, code", [(False, 141), (True, 0)])
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_script_whose_reader_has_gone_ends_quietly_or_goes_on(tmp_path, outlives, code, flush):
+    command = script(tmp_path, f"for i in range(100_000): print('明月', i, flush={flush})\nopen('whole', 'w').close()")
+    if outlives:
+        command[1] = shutil.copy(command[1], tmp_path / "outlives.py")
+    with open(tmp_path / "err", "wb") as err:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=err)
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == code and (tmp_path / "whole").exists() == outlives
+    assert (tmp_path / "err").read_bytes() == b""
+
+
+def test_the_last_words_of_a_script_may_find_no_reader(tmp_path):
+    command = script(tmp_path, "sys.stdin.read()\nprint('x')")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) in (0, 141)      # 141: unbuffered
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_a_log_on_a_full_disk_ends_a_script_with_a_sentence(tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(script(tmp_path, "for _ in range(9): print('x', flush=True)"), stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "standard output cannot be written" in done.stderr and done.stderr.count("\n") == 1
