@@ -113,6 +113,15 @@ def guard_streams(outlives):
         setattr(sys, name, stream)
 
 
+@contextmanager
+def only_watching(what):
+    """Around what only shows how a run goes: when it fails, say so and go on."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        print(f"{what}: not shown ({' '.join(str(error).split()) or type(error).__name__})", flush=True)
+
+
 def parse(text, kind):
     """The value of type `kind` that text spells; raises ValueError if it spells none."""
     if kind is bool:

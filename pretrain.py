@@ -15,6 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
+import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, ModelConfig, generate, make_optimizers
@@ -106,7 +107,10 @@ def sample(model, tok, autocast, process):
     """Print continuations of sample_prompts, the same random numbers every time."""
     generator = torch.Generator(process.device).manual_seed(seed)
     for prompt in filter(None, sample_prompts.split("|")):
-        ids = [tok.bos_id] + tok.encode(prompt)[:max_seq_len // 2]
+        ids = [tok.bos_id] + tok.encode(prompt)
+        if len(ids) >= model.config.max_seq_len:
+            print(f"  | {prompt[:20]}... ({len(ids)} tokens: too long for the context, left out)")
+            continue
         with autocast:
             new = [row[0] for row in generate(model, [ids], sample_tokens, temperature=0.8, top_p=0.9,
                                               stop_ids={tok.eos_id}, generator=generator)]
@@ -208,8 +212,6 @@ def main():
             with meter.paused():
                 val_loss, val_bpb = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
                 process.print(f"step {step:>6}  validation: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
-                if process.is_main:
-                    sample(model, tok, autocast, process)
                 if val_loss < best:
                     best = val_loss
                     save("best.pt", val_loss=val_loss, val_bpb=val_bpb)
@@ -219,14 +221,18 @@ def main():
             save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
                  skipped=skipped)
             meter.save(f"{out_dir}/run.json", said)
+        if evaluating and process.is_main:                             # after saving: it may fail
+            with meter.paused(), config.only_watching("samples"):
+                sample(model, tok, autocast, process)
         if asked:
             process.print(f"stopped after step {step}, saved in {out_dir}/last.pt; --resume goes on")
             break
     meter.close()
     log.flush()
     if process.is_main and not asked:
-        print(f"lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
-              f"{runtime.draw_curve(out_dir, f'pretraining, {model.n_params() / 1e6:.1f} M parameters')}")
+        print(f"lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv")
+        with config.only_watching("curve"):
+            print(runtime.draw_curve(out_dir, f'pretraining, {model.n_params() / 1e6:.1f} M parameters'))
     runtime.finish()
 
 

@@ -386,7 +386,7 @@ class Meter:
                        "timed_tokens": self.now["tokens"] // step * (step - self.start - 1),
                        "timed_seconds": now - self.step_1, "date": time.strftime("%Y-%m-%d"),
                        "torch": torch.__version__, **said}
-            with config.whole_file(path) as f:
+            with config.only_watching(path), config.whole_file(path) as f:
                 json.dump([*checkpoints.read_run(path, self.start), session], f, indent=1)
 
     def close(self):

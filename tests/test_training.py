@@ -11,6 +11,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dialogue, run, story, write_meta, write_pretrain, write_sft
+from conftest import ROOT, dialogue, run, story, write_meta, write_pretrain, write_sft
 
 import checkpoints
 import config
@@ -423,6 +425,40 @@ def test_a_worse_validation_does_not_replace_the_best_also_after_resuming(train,
         train(stage, "a", max_steps=max_steps, eval_interval=1, resume=True)
         assert checkpoints.load(tmp_path / "a" / "last.pt")["best"] == best
         assert checkpoints.load(tmp_path / "a" / "best.pt")["step"] == of_step
+
+
+@BOTH
+def test_a_prompt_longer_than_the_context_is_left_out_with_a_sentence(train, tmp_path, stage, capsys):
+    train(stage, "a", max_steps=1, sample_prompts="从前|" + "我" * 500, sample_tokens=3)
+    assert "too long for the context" in capsys.readouterr().out
+    assert (tmp_path / "a" / "best.pt").exists() and (tmp_path / "a" / "last.pt").exists()
+
+
+@BOTH
+def test_what_only_watches_a_run_cannot_end_it(train, tmp_path, stage, monkeypatch, capsys):
+    saved = []
+
+    def fails(*arguments, **named):
+        saved.append({path.name for path in (tmp_path / "a").glob("*.pt")})
+        raise RuntimeError("CUDA out of memory")
+    monkeypatch.setattr(stage, "generate", fails)
+    monkeypatch.setattr(runtime.json, "dump", fails)
+    with constants(stage):
+        monkeypatch.setattr(runtime, "draw_curve", fails)
+    assert len(train(stage, "a", max_steps=2, eval_interval=1, sample_prompts="从前")) == 2
+    said = capsys.readouterr().out
+    assert said.count("samples: not shown (CUDA out of memory)") == 2 and "run.json: not shown" in said
+    assert all(names == {"best.pt", "last.pt"} for names in saved) and len(saved) == 4
+
+
+@BOTH
+def test_training_goes_on_when_nobody_reads_its_output(settings, tmp_path, stage):
+    arguments = flags(settings, stage, out_dir=tmp_path / "a", sample_prompts="从前", sample_tokens=3)
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{stage.__name__}.py"), *arguments], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=200) == 0 and len(read_log(tmp_path / "a")) == 6
 
 
 @BOTH
