@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from contextlib import contextmanager
 
 
@@ -168,6 +169,17 @@ def whole_file(path, mode="w"):
         if os.path.exists(aside):
             os.remove(aside)
         raise
+
+
+class Checksum:
+    """A file that is being written, and the CRC-32 of what was written so far."""
+
+    def __init__(self, file):
+        self.file, self.crc32 = file, 0
+
+    def write(self, data):
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.file.write(data)
 
 
 @contextmanager

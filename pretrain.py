@@ -121,8 +121,8 @@ def main():
     global max_steps
     tok = tokenizers.load(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
-    train, val = (checkpoints.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py",
-                                   below=tok.vocab_size) for part in ("train", "val"))
+    train, val = (checkpoints.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], meta,
+                                       "prepare_pretrain.py", tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = (math.ceil((len(data) - 1) / max_seq_len) for data in (train, val))
     n_val_rows = min(n_val_rows, max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
@@ -142,7 +142,7 @@ def main():
     if max_seq_len > shape.max_seq_len:
         raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {init_from} reads {shape.max_seq_len} at most")
     identity = {**vars(shape), "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
-                "batch_tokens": batch_tokens, "seed": seed}
+                "data": checkpoints.data_hash(meta), "batch_tokens": batch_tokens, "seed": seed}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "pretrain", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)

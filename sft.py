@@ -81,17 +81,22 @@ class Examples:
     rows: list of lists of examples; targets (len(rows),): the tokens of each row that the loss counts.
     """
 
-    def __init__(self, part, counts, size, vocab_size):
-        path = f"{data_dir}/{part}"
-        self.tokens = checkpoints.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py", below=vocab_size)
-        self.mask = checkpoints.open_bin(f"{path}.mask", "u1", counts["tokens"], "prepare_sft.py")
-        self.starts = checkpoints.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
+    def __init__(self, part, meta, size, vocab_size):
+        path, counts, made_by = f"{data_dir}/{part}", meta[part], "prepare_sft.py"
+        n, n_tokens = counts["examples"], counts["tokens"]
+        self.tokens = checkpoints.open_bin(f"{path}.bin", "<u2", n_tokens, meta, made_by, vocab_size)
+        self.mask = checkpoints.open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
+        self.starts = checkpoints.open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
         lengths = np.diff(self.starts) - 1                             # n tokens are n - 1 inputs, each with a target
+        if self.starts[0] != 0 or self.starts[-1] != n_tokens or lengths.min(initial=1) < 1:
+            raise SystemExit(f"{path}.idx: does not cut {path}.bin into examples; run python {made_by} again")
         if lengths.max(initial=0) > size:
             raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a row of this run "
                              f"{size}: run python prepare_sft.py --max_seq_len={size}")
         self.rows, self.size = pack(lengths, size), size
-        targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if len(lengths) else lengths
+        targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if n else lengths
+        if targets.min(initial=1) < 1:
+            raise SystemExit(f"{path}.mask: an example has no token on which the loss counts; run python {made_by} again")
         self.targets = np.array([targets[row].sum() for row in self.rows])
 
 
@@ -161,7 +166,7 @@ def main():
     max_seq_len = max_seq_len or shape["max_seq_len"]
     if max_seq_len > shape["max_seq_len"]:
         raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {checkpoint} reads {shape['max_seq_len']} at most")
-    train, val = (Examples(part, meta[part], max_seq_len, tok.vocab_size) for part in ("train", "val"))
+    train, val = (Examples(part, meta, max_seq_len, tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
@@ -169,7 +174,7 @@ def main():
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
                          "of them may be 0; prepare_sft.py with more text, or a larger val_fraction")
     identity = {**shape, "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
-                "batch_tokens": batch_tokens, "seed": seed}
+                "data": checkpoints.data_hash(meta), "batch_tokens": batch_tokens, "seed": seed}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "sft", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
