@@ -150,6 +150,74 @@ def constants_of(path):
     return found
 
 
+def check_output(name, path):
+    """SystemExit, before the work, if no file can be written to `path`, the constant `name`."""
+    folder, file = os.path.split(path)
+    try:
+        if not file or os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "no file can have this name")
+        missing = []                          # folders that are there for this check only
+        while folder and not os.path.lexists(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            probe = f"{path}.tmp"
+            there = os.path.lexists(probe)
+            open(probe, "ab").close()
+            if not there:
+                os.remove(probe)
+        finally:
+            for made in missing:
+                os.rmdir(made)
+    except (OSError, ValueError) as error:    # ValueError: a NUL in the name
+        raise SystemExit(f"--{name}={path!r}: cannot be written: "
+                         f"{getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def only_user_of(name, folder):
+    """Around all work on a folder, the constant `name`: SystemExit if another process does such.
+
+    The lock belongs to the process, so that it ends with it, however that ends. Where the file
+    system knows no locks there is none.
+    """
+    if not folder or "\0" in folder:
+        raise SystemExit(f"--{name}={folder!r}: must name a folder")
+    check_output(name, os.path.join(folder, "x"))
+    missing = not os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if missing and not os.listdir(folder):                # it was made for nothing
+            os.rmdir(folder)
+
+
+@contextmanager
+def locked(folder):
+    if os.name == "nt":
+        import msvcrt
+        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+        lock = lambda: msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        file = os.open(folder, os.O_RDONLY)
+        lock = lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        lock()
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            os.close(file)
+            raise SystemExit(f"{folder}: another process is writing there; wait for its end, or "
+                             "name another folder") from None
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
 @contextmanager
 def whole_file(path, mode="w"):
     """Open a file that takes its name only when it is whole: written aside, flushed to the disk, then renamed.

@@ -116,6 +116,7 @@ def answer_all(model, tok, prompts):
 def main():
     if repetition_penalty <= 0:
         raise SystemExit(f"repetition_penalty ({repetition_penalty}) must be above 0")
+    config.check_output("out", out)
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()
     where = runtime.start(device).device

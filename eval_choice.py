@@ -251,6 +251,7 @@ def main():
     title, hub, usual, *_ = EXAMS[exam]
     folder, part = data_dir or f"data/{exam}", split or usual
     files = out or os.path.join(os.path.dirname(checkpoint), f"{exam}_{part}")
+    config.check_output("out", f"{files}.md")
     subjects, notes = read_split(folder, part)
     examples, dev_notes = read_split(folder, "dev") if shots else ({}, {})
     if not any(subjects.values()):

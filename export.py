@@ -284,6 +284,7 @@ def main():
     if not out or is_file == is_folder and os.path.exists(out) or \
             is_folder and os.listdir(out) and not os.path.exists(f"{out}/config.json"):
         raise SystemExit(f"--out={out}: name a new folder, an earlier export, or a file that ends in .gguf")
+    config.check_output("out", out if is_file else f"{out}/config.json")
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     model = Model.from_state(saved["shape"], saved["model"])
     stop_ids = [tok.eos_id] if saved["stage"] == "pretrain" else sorted(tok.stop_ids)

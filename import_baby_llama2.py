@@ -52,6 +52,7 @@ def halves(w, head_dim):
 def main():
     if stage not in ("pretrain", "sft"):
         raise SystemExit(f"--stage={stage}: choose pretrain or sft")
+    config.check_output("out", out)
     tok, weights = tokenizers.load(tokenizer), read_weights()
     needed = ["embedding.weight", "head.weight", "blocks.0.attention.wk.weight", "blocks.0.ffn.w1.weight"]
     if not set(needed) <= weights.keys():

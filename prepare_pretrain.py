@@ -348,5 +348,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with interruptible(data_dir):
+    with interruptible(data_dir), config.only_user_of("data_dir", data_dir):
         main()

@@ -267,5 +267,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with corpus_reader.interruptible(data_dir):
+    with corpus_reader.interruptible(data_dir), config.only_user_of("data_dir", data_dir):
         main()

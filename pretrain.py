@@ -237,5 +237,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with runtime.ending_together(), runtime.memory_advice(micro_batch):
+    with runtime.ending_together(), runtime.memory_advice(micro_batch), runtime.only_run_in(out_dir):
         main()

@@ -94,7 +94,9 @@ def main():
     if not folders:
         raise SystemExit(f"no best.pt in {pretrain_dir or '-'} or {sft_dir or '-'}: train first, or name the folders with "
                          "--pretrain_dir= and --sft_dir=")
-    page, where, scores, lines = out or f"{folders[-1]}/report.md", runtime.start(device).device, [], []
+    page = out or f"{folders[-1]}/report.md"
+    config.check_output("out", page)
+    where, scores, lines = runtime.start(device).device, [], []
     link = lambda path: os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
     for folder in folders:
         saved, tok = checkpoints.load_with_tokenizer(f"{folder}/best.pt")

@@ -137,6 +137,12 @@ def override(namespace):
         return config.override(namespace, outlives_reader=True)
 
 
+def only_run_in(out_dir):
+    """Refuse a second run in this folder; one process locks it for all."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    return config.only_user_of("out_dir", out_dir) if is_main else nullcontext()
+
+
 def finish():
     if dist.is_initialized():
         dist.destroy_process_group()

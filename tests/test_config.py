@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 import config
 
@@ -212,3 +213,56 @@ def test_a_log_on_a_full_disk_ends_a_script_with_a_sentence(tmp_path):
         done = subprocess.run(script(tmp_path, "for _ in range(9): print('x', flush=True)"), stdout=full,
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "standard output cannot be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- outputs --------------------------------------------------------------------------------------------------------
+
+def outputs(folder):
+    """Paths below the folder that cannot be written."""
+    (folder / "file").write_text("x")
+    (folder / "folder").mkdir()
+    return ["", f"{folder}/folder", f"{folder}/folder/", f"{folder}/file/a", f"{folder}/file/a/b/c", "a\0b",
+            "x" * 300, "/proc/nothing/a"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_and_the_check_leaves_nothing(tmp_path, monkeypatch):
+    bad = outputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for path in bad:
+        assert "--out=" in refused(config.check_output, "out", path), path
+    for path in "a", f"{tmp_path}/a", f"{tmp_path}/new/b/c", "new/b", f"{tmp_path}/file":
+        config.check_output("out", path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+SCRIPTS = [("train_tokenizer.py", "out"), ("prepare_pretrain.py", "data_dir"), ("prepare_sft.py", "data_dir"),
+           ("pretrain.py", "out_dir"), ("sft.py", "out_dir"), ("eval_bleu.py", "out")]
+
+
+@pytest.mark.parametrize("script, name", SCRIPTS)
+def test_a_script_refuses_an_output_before_its_work(tmp_path, script, name):
+    for path in "", f"{outputs(tmp_path / name)[3]}" if not (tmp_path / name).mkdir() else "":
+        done = run(script, tmp_path, f"--{name}={path}")
+        assert done.rc == 1 and f"--{name}=" in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_a_folder_has_one_user_and_an_unused_new_one_vanishes(tmp_path):
+    folder = tmp_path / "new" / "out"
+    body = f"with config.only_user_of('out_dir', {str(folder)!r}):\n    print('in', flush=True)\n    sys.stdin.read()"
+    command = script(tmp_path, body)
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"in\n"
+    second = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert second.returncode == 1 and "another process" in second.stderr and second.stderr.count("\n") == 1
+    first.kill()
+    first.wait()
+    assert subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0            # also after a kill -9
+    with config.only_user_of("out_dir", str(folder)), config.whole_file(str(folder / "a")) as f:
+        f.write("x")
+    assert os.listdir(folder) == ["a"]
+    for path in "", "a\0b", str(folder / "a"):
+        assert "--out_dir=" in refused(config.only_user_of("out_dir", path).__enter__)
+    with config.only_user_of("out_dir", str(tmp_path / "unused")):
+        pass
+    assert not (tmp_path / "unused").exists()
