@@ -198,6 +198,20 @@ def load_with_tokenizer(path, tokenizer=""):
     return saved, tok
 
 
+def read_constants(path, constants):
+    """The constants that the run of a last.pt had, those of them that still are of the same type.
+
+    Where and how this process was started is no part of them. None are found in a damaged file,
+    which open_run() refuses.
+    """
+    try:
+        earlier = torch.load(path, weights_only=True, mmap=True)["constants"]      # reads no weights
+        return {name: value for name, value in earlier.items()
+                if name not in ("out_dir", "resume", "overwrite") and type(value) is type(constants.get(name))}
+    except Exception:
+        return {}
+
+
 def open_run(out_dir, resume, overwrite, stage, identity):
     """The checkpoint to go on with, or None to start anew.
 
@@ -227,6 +241,8 @@ def open_run(out_dir, resume, overwrite, stage, identity):
                   if then[name] != value]:
         raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
                          "constants and the data that it had")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"going on with {path} from step {saved['step']}", flush=True)
     return saved
 
 

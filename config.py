@@ -42,7 +42,7 @@ def override(namespace, argv=None, outlives_reader=False):
         lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}" for name, comment in source.items()]
         print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:\n" + "\n".join(lines))
         raise SystemExit(0)
-    for argument in argv:
+    for i, argument in enumerate(argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             raise SystemExit(f"{script}: {argument!r} is not of the form --name=value; see {script} --help")
@@ -52,7 +52,8 @@ def override(namespace, argv=None, outlives_reader=False):
             raise SystemExit(f"{script}: there is no constant {name!r}; {hint}")
         default = namespace[name]
         if not equals and not isinstance(default, bool):
-            raise SystemExit(f"{script}: --{name} needs a value: --{name}={default!r}, for example")
+            following = argv[i + 1:i + 2] or [default]
+            raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
         try:
             value = parse(text if equals else "true", type(default))
         except ValueError:

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -134,7 +134,18 @@ def ending_together():
 def override(namespace):
     """config.override() for the scripts that torchrun starts: a constant that is wrong on one machine ends all."""
     with ending_together():
-        return config.override(namespace, outlives_reader=True)
+        constants = config.override(namespace, outlives_reader=True)
+        if not constants["resume"]:
+            return constants
+        path = f"{constants['out_dir']}/last.pt"
+        earlier = checkpoints.read_constants(path, constants)
+        namespace.update(earlier)              # the defaults of this run; the command line again goes above
+        constants = config.override(namespace, outlives_reader=True)
+        changed = [f"{name} (then {value!r}, now {constants[name]!r})" for name, value in earlier.items()
+                   if constants[name] != value]
+        if earlier and os.environ.get("RANK", "0") == "0":
+            print(f"the constants of {path}; changed: {', '.join(changed) or 'none'}", flush=True)
+        return constants
 
 
 def only_run_in(out_dir):
@@ -291,22 +302,32 @@ def seconds_as_text(seconds):
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM came: the loop then ends its step and saves. A second SIGINT quits at once."""
+    """True once SIGINT or SIGTERM came: the loop then ends its step, saves, and ends with `code`.
+
+    A second SIGINT quits at once. Each process gets the signal, the main one speaks.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.code, self.is_main = 0, os.environ.get("RANK", "0") == "0"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            sys.stderr.write("\nstopped at once; what was saved last is whole\n")
+        if self.code and number == signal.SIGINT:
+            self.say("stopped at once; what was saved last is whole")
             os._exit(130)
-        self.asked = True
-        sys.stderr.write("\nstopping after this step (Ctrl-C again: at once)\n")
+        if not self.code:
+            self.code = 128 + number           # the exit code that shells give a signal: 130 or 143
+            again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            self.say(f"stopping after this step{again}")
+
+    def say(self, sentence):
+        if self.is_main:
+            with suppress(OSError):            # sys.stderr may be in the middle of a write
+                os.write(2, f"\n{sentence}\n".encode())
 
     def __bool__(self):
-        return self.asked
+        return self.code > 0
 
 
 # -----------------------------------------------------------------------------------------------------------------

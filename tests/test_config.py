@@ -69,13 +69,17 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
 
 @pytest.mark.parametrize("argument, said", [
     ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"),
-    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "needs a value"),
+    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "write --steps=1000"),
     ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
     ("--steps=0", "at least 1"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
+
+
+def test_a_value_behind_a_space_is_answered_with_the_form_that_works(override):
+    assert refused(override, "--name", "明月").endswith("write --name=明月")
 
 
 def test_a_value_is_never_evaluated(override, tmp_path):

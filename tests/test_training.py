@@ -364,14 +364,65 @@ def test_a_run_stopped_by_sigterm_finishes_its_step_and_resumes_exactly(train, s
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "schedule", with_signal)
-        train(stage, "stopped", max_steps=9, eval_interval=4)            # returns: exit code 0
+        train(stage, "stopped", max_steps=9, eval_interval=4)
     said = capsys.readouterr()
-    assert "stopping after this step" in said.err and "stopped after step 5, saved in" in said.out
+    assert "stopped after step 5, saved in" in said.out
     assert checkpoints.load(tmp_path / "stopped" / "last.pt")["step"] == 5
     assert len(read_log(tmp_path / "stopped")) == 5 and signal.getsignal(signal.SIGTERM) == handler
     train(stage, "stopped", max_steps=9, eval_interval=4, resume=True)
     assert len(whole) == 9
     same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def with_signals(*numbers):
+    return f"""
+import os, runtime, signal
+rows = runtime.batch_rows
+def interrupted(step, *rest):
+    for number in {tuple(map(int, numbers))} if step == 3 else ():
+        os.kill(os.getpid(), number)
+    return rows(step, *rest)
+runtime.batch_rows = interrupted
+"""
+
+
+@pytest.mark.parametrize("numbers, code, said", [
+    ([signal.SIGINT], 130, "stopping after this step (Ctrl-C again: at once)"),
+    ([signal.SIGTERM], 143, "stopping after this step"), ([signal.SIGTERM] * 2, 143, "stopping after this step"),
+    ([signal.SIGINT] * 2, 130, "stopped at once; what was saved last is whole")])
+@BOTH
+def test_the_exit_code_says_which_signal_stopped_a_run(settings, tmp_path, stage, numbers, code, said):
+    done = run(f"{stage.__name__}.py", tmp_path, *flags(settings, stage, out_dir=tmp_path / "a"), code=with_signals(*numbers))
+    lines = done.err.splitlines()
+    assert done.rc == code and lines.count(said) == 1 and "Traceback" not in done.err, done.err
+    assert sum("stopping after" in line for line in lines) == 1 and ("Ctrl-C" in done.err) == (signal.SIGINT in numbers)
+    assert checkpoints.load(tmp_path / "a" / "last.pt")["step"] == (3 if len(set(numbers)) < len(numbers) == 2
+                                                                     and signal.SIGINT in numbers else 4)
+
+
+def test_ctrl_c_is_answered_by_one_of_several_processes(settings, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{with_signals(signal.SIGINT)}"
+                      f"runpy.run_path({str(ROOT / 'pretrain.py')!r}, run_name='__main__')")
+    done = run(script, tmp_path, *flags(settings, pretrain, out_dir=tmp_path / "a"), torchrun=2)
+    assert done.rc != 0 and done.err.count("stopping after this step") == 1
+    assert checkpoints.load(tmp_path / "a" / "last.pt")["step"] == 4
+
+
+@BOTH
+def test_resume_alone_takes_the_constants_of_the_run(settings, tmp_path, stage):
+    script = f"{stage.__name__}.py"
+    whole = run(script, tmp_path, *flags(settings, stage, out_dir=tmp_path / "whole"))
+    part = run(script, tmp_path, *flags(settings, stage, out_dir=tmp_path / "a"), code=with_signals(signal.SIGTERM))
+    assert whole.rc == 0 and part.rc == 143 and "finished at step 6" in whole.out
+    other = run(script, tmp_path, "--resume", f"--out_dir={tmp_path / 'a'}", "--batch_tokens=640", "--seed=8")
+    assert other.rc == 1 and f"batch_tokens (then {settings[stage]['batch_tokens']}, now 640)" in other.err
+    rest = run(script, tmp_path, "--resume", f"--out_dir={tmp_path / 'a'}", "--log_interval=2")
+    assert rest.rc == 0, rest.err
+    assert "changed: log_interval (then 1, now 2)\n" in rest.out and "from step 4" in rest.out
+    saved = torch.load(tmp_path / "a" / "last.pt")
+    assert saved["constants"]["lr"] == 0.01 and saved["constants"]["log_interval"] == 2
+    same_run(tmp_path / "whole", tmp_path / "a")
 
 
 KILL = """
