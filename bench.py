@@ -315,6 +315,9 @@ def number(x):
 def main():
     if only and only not in PARTS:
         raise SystemExit(f"bench.py: --only={only}: choose one of {', '.join(PARTS)}")
+    config.check_range(1, batch_tokens=batch_tokens, micro_batch=micro_batch, max_seq_len=max_seq_len,
+                       document_tokens=document_tokens, prompt_tokens=prompt_tokens,
+                       new_tokens=new_tokens, text_bytes=text_bytes, repeats=repeats)
     if tokenizer and not tokenizer.endswith(".model"):
         raise SystemExit(f"bench.py: --tokenizer={tokenizer}: what is compared is sentencepiece; give a *.model file")
     if corpora:

@@ -16,7 +16,6 @@ import difflib
 import errno
 import math
 import os
-import re
 import sys
 import zlib
 from contextlib import contextmanager
@@ -61,8 +60,8 @@ def override(namespace, argv=None, outlives_reader=False):
                              f"(the default is {default!r})") from None
         if type(default) in (int, float) and default >= 0 > value:
             raise SystemExit(f"{script}: --{name}={text} must not be negative")
-        if type(default) is int and value == 0 != default and not re.search(r"\b0\b", source[name]):
-            raise SystemExit(f"{script}: --{name}=0 must be at least 1")        # else the comment says what 0 means
+        if type(default) is int and value >= 1 << 63:
+            raise SystemExit(f"{script}: --{name}={text} must be below 2^63")
         namespace[name] = value
     return {name: namespace[name] for name in source}
 
@@ -122,6 +121,22 @@ def only_watching(what):
         yield
     except (Exception, SystemExit) as error:
         print(f"{what}: not shown ({' '.join(str(error).split()) or type(error).__name__})", flush=True)
+
+
+def check_range(low, high=math.inf, **constants):
+    """SystemExit for the first of the constants that is not between low and high."""
+    for name, value in constants.items():
+        if not low <= value <= high:
+            limits = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            raise SystemExit(f"--{name}={value}: must be {limits}")
+
+
+def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
+    """SystemExit for constants of sampling whose quotients no float32 holds."""
+    if temperature:                                           # 0: nothing is drawn
+        check_range(0.001, 1000, temperature=temperature)
+    check_range(0.000_001, 1, top_p=top_p)
+    check_range(0.01, 100, repetition_penalty=repetition_penalty)
 
 
 def parse(text, kind):

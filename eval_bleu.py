@@ -114,8 +114,8 @@ def answer_all(model, tok, prompts):
 
 
 def main():
-    if repetition_penalty <= 0:
-        raise SystemExit(f"repetition_penalty ({repetition_penalty}) must be above 0")
+    config.check_range(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    config.check_drawing(temperature, repetition_penalty=repetition_penalty)
     config.check_output("out", out)
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()

@@ -248,6 +248,7 @@ def report(summary, notes, scored):
 def main():
     if exam not in EXAMS:
         raise SystemExit(f"--exam={exam}: it is one of {', '.join(EXAMS)}")
+    config.check_range(1, batch_size=batch_size)
     title, hub, usual, *_ = EXAMS[exam]
     folder, part = data_dir or f"data/{exam}", split or usual
     files = out or os.path.join(os.path.dirname(checkpoint), f"{exam}_{part}")

@@ -53,6 +53,7 @@ def main():
     if stage not in ("pretrain", "sft"):
         raise SystemExit(f"--stage={stage}: choose pretrain or sft")
     config.check_output("out", out)
+    config.check_range(1, n_heads=n_heads)
     tok, weights = tokenizers.load(tokenizer), read_weights()
     needed = ["embedding.weight", "head.weight", "blocks.0.attention.wk.weight", "blocks.0.ffn.w1.weight"]
     if not set(needed) <= weights.keys():

@@ -119,6 +119,8 @@ def sample(model, tok, autocast, process):
 
 def main():
     global max_steps
+    config.check_range(1, max_seq_len=max_seq_len, micro_batch=micro_batch,
+                       eval_interval=eval_interval, log_interval=log_interval)
     tok = tokenizers.load(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
     train, val = (checkpoints.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], meta,

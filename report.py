@@ -94,6 +94,8 @@ def main():
     if not folders:
         raise SystemExit(f"no best.pt in {pretrain_dir or '-'} or {sft_dir or '-'}: train first, or name the folders with "
                          "--pretrain_dir= and --sft_dir=")
+    config.check_range(1, max_new_tokens=max_new_tokens)
+    config.check_drawing(temperature, top_p, repetition_penalty)
     page = out or f"{folders[-1]}/report.md"
     config.check_output("out", page)
     where, scores, lines = runtime.start(device).device, [], []

@@ -157,6 +157,8 @@ def sample(model, tok, autocast, process):
 
 def main():
     global max_steps, max_seq_len
+    config.check_range(1, micro_batch=micro_batch,
+                       eval_interval=eval_interval, log_interval=log_interval)
     tok = tokenizers.load(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
     pretrained = checkpoints.load(checkpoint)

@@ -58,7 +58,7 @@ def test_without_arguments_the_constants_are_those_of_the_file(override):
 @pytest.mark.parametrize("argument, name, value", [
     ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
     ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
-    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0),
+    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0), ("--steps=0", "steps", 0),
     ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
     ("--name=从前", "name", "从前")])
 def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
@@ -72,7 +72,7 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
     ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "write --steps=1000"),
     ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
-    ("--steps=0", "at least 1"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
+    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
@@ -80,6 +80,18 @@ def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
 
 def test_a_value_behind_a_space_is_answered_with_the_form_that_works(override):
     assert refused(override, "--name", "明月").endswith("write --name=明月")
+
+
+def test_a_range_is_named_in_the_refusal():
+    config.check_range(1, steps=1, rows=5)
+    config.check_drawing(0.0, 1.0, 1.0)
+    with pytest.raises(SystemExit, match="--rows=0: must be at least 1"):
+        config.check_range(1, steps=1, rows=0)
+    with pytest.raises(SystemExit, match="--share=2: must be between 0 and 1"):
+        config.check_range(0, 1, share=2)
+    for wrong in (1e-300, 1, 1), (1e-38, 1, 1), (1, 0.0, 1), (1, 1.5, 1), (1, 1, 0.0), (1, 1, 1e-300), (float("nan"), 1, 1):
+        with pytest.raises(SystemExit):
+            config.check_drawing(*wrong)
 
 
 def test_a_value_is_never_evaluated(override, tmp_path):

@@ -769,7 +769,7 @@ def test_a_network_that_cannot_work_is_refused(broken, changes, said):
 
 
 BAD = ["--dtype=fp8", "--device=tpu", "--compile=maybe", "--micro_batch=0", "--micro_batch=-1", "--batch_tokens=0",
-       "--seed=-1", "--batch_tokens=-64", "--log_interval=0", "--eval_interval=0", "--eval_interval=-3",
+       "--seed=-1", "--seed=12345678901234567890123", "--batch_tokens=-64", "--log_interval=0", "--eval_interval=0", "--eval_interval=-3",
        "--save_interval=-1", "--max_steps=-5", "--epochs=0", "--epochs=-1", "--lr=-1", "--grad_clip=-1",
        "--warmup_steps=-1"]
 BAD_SHAPES = ["--dim=0", "--dim=-32", "--n_layers=0", "--n_heads=0", "--hidden_dim=-1", "--max_seq_len=0",
