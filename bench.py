@@ -24,7 +24,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-import checkpoints
+from checkpoints import load as load_checkpoint, save as save_checkpoint
 import config
 import runtime
 import tokenizer as tokenizers
@@ -284,7 +284,7 @@ def checkpoints():
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(out) or ".") as folder:          # on the disk of the runs
         path = f"{folder}/last.pt"
-        save, load = in_turns(lambda: checkpoints.save(path, state), lambda: checkpoints.load(path))
+        save, load = in_turns(lambda: save_checkpoint(path, state), lambda: load_checkpoint(path))
         return [("last.pt", "MB", [os.path.getsize(path) / 1e6]), ("saving last.pt", "s", save),
                 ("loading last.pt", "s", load)]
 
