@@ -137,7 +137,7 @@ def load(path, device="cpu"):
         reason = "it holds more than tensors and plain values" if "weights_only" in str(error) else \
             "not whole"
         raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     try:
         check(state)
@@ -238,7 +238,7 @@ def open_run(out_dir, resume, overwrite, stage, identity):
     # a constant that is younger than the run had its default; younger checks are left out
     then = {**identity, **{name: field.default for name, field in SHAPE.items()}, **saved["identity"]}
     if differ := [f"{name} (then {then[name]}, now {value})" for name, value in identity.items()
-                  if then[name] != value]:
+                  if repr(then[name]) != repr(value)]:         # it may hold anything, tensors too
         raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
                          "constants and the data that it had")
     if os.environ.get("RANK", "0") == "0":
@@ -272,6 +272,10 @@ def restore(saved, model, optimizers, scaler):
         for group, constants in zip(optimizer.param_groups, rates):
             group.update(constants)            # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
+        wrong = has(saved["scaler"], {"scale": float, "growth_factor": float, "backoff_factor": float,
+                                      "growth_interval": int, "_growth_tracker": int})
+        if wrong:
+            raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
         scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"], saved["skipped"]
 
