@@ -16,19 +16,24 @@ import difflib
 import errno
 import math
 import os
-import re
 import sys
+import zlib
 from contextlib import contextmanager
 
 
-def override(namespace, argv=None):
-    """Change the constants that stand above this call by `--name=value`, and return all of them as a dict.
+def override(namespace, argv=None, outlives_reader=False):
+    """Change the constants that stand above this call by `--name=value`, and return them as a dict.
 
-    namespace: the calling script's globals(); argv: the arguments, by default those of the command line when the
-    script is run (and none when it is imported). A value takes the type of the default: bool (`--name` alone means
-    true), int, float or str. Raises SystemExit with one sentence for anything that does not fit.
+    namespace: the calling script's globals(); argv: the arguments, by default those of the command
+    line when the script is run (and none when it is imported). A value takes the type of the
+    default: bool (`--name` alone means true), int, float or str. outlives_reader: the script goes
+    on when nobody reads its output any more. Raises SystemExit with one sentence for anything that
+    does not fit.
     """
-    is_script = namespace["__name__"] in ("__main__", "__mp_main__")     # __mp_main__: a spawned worker reads it again
+    # a spawned worker runs the script again, as __mp_main__
+    is_script = namespace["__name__"] in ("__main__", "__mp_main__")
+    if is_script:
+        guard_streams(outlives_reader)
     argv = (sys.argv[1:] if is_script else []) if argv is None else argv
     source, module = constants_of(namespace["__file__"]), namespace.get("__spec__")
     script = os.path.basename(namespace["__file__"])
@@ -39,7 +44,7 @@ def override(namespace, argv=None):
         lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}" for name, comment in source.items()]
         print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:\n" + "\n".join(lines))
         raise SystemExit(0)
-    for argument in argv:
+    for i, argument in enumerate(argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             raise SystemExit(f"{script}: {argument!r} is not of the form --name=value; see {script} --help")
@@ -49,7 +54,8 @@ def override(namespace, argv=None):
             raise SystemExit(f"{script}: there is no constant {name!r}; {hint}")
         default = namespace[name]
         if not equals and not isinstance(default, bool):
-            raise SystemExit(f"{script}: --{name} needs a value: --{name}={default!r}, for example")
+            following = argv[i + 1:i + 2] or [default]
+            raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
         try:
             value = parse(text if equals else "true", type(default))
         except ValueError:
@@ -57,10 +63,83 @@ def override(namespace, argv=None):
                              f"(the default is {default!r})") from None
         if type(default) in (int, float) and default >= 0 > value:
             raise SystemExit(f"{script}: --{name}={text} must not be negative")
-        if type(default) is int and value == 0 != default and not re.search(r"\b0\b", source[name]):
-            raise SystemExit(f"{script}: --{name}=0 must be at least 1")        # else the comment says what 0 means
+        if type(default) is int and value >= 1 << 63:
+            raise SystemExit(f"{script}: --{name}={text} must be below 2^63")
         namespace[name] = value
     return {name: namespace[name] for name in source}
+
+
+class Output:
+    """Standard output or standard error; its reader may go away, as in `| head`.
+
+    Then a script ends with 141, the exit code of a shell's SIGPIPE, or it goes on unread (outlives).
+    """
+
+    def __init__(self, stream, outlives):
+        self.stream, self.outlives, self.end = stream, outlives, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if self.end is not None and not self.outlives:
+            raise SystemExit(self.end)
+        return self.guarded(self.stream.write, text)
+
+    def flush(self):
+        self.guarded(self.stream.flush)
+
+    def guarded(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            # Windows has EINVAL for a closed pipe; a log file can also meet a full disk
+            closed = error.errno in (errno.EPIPE, errno.EINVAL)
+            self.end = 141 if closed else f"standard output cannot be written: {error.strerror}"
+            # what is still buffered goes nowhere, or flushing it at the exit would raise again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def guard_streams(outlives):
+    """Let no character, closed pipe or missing console end a script: text is there to be watched.
+
+    The encoding stays the system's: a terminal on a Chinese Windows, and PowerShell's `> log.txt`,
+    expect GBK, which holds nearly all Chinese. Other characters are written as \\uXXXX.
+    """
+    for name in "stdin", "stdout", "stderr":
+        stream = getattr(sys, name)
+        if stream is None:                    # closed by the parent, or pythonw
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace" if name == "stdin" else "backslashreplace")
+        if name != "stdin" and not isinstance(stream, Output):
+            stream = Output(stream, outlives)
+        setattr(sys, name, stream)
+
+
+@contextmanager
+def only_watching(what):
+    """Around what only shows how a run goes: when it fails, say so and go on."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        print(f"{what}: not shown ({' '.join(str(error).split()) or type(error).__name__})", flush=True)
+
+
+def check_range(low, high=math.inf, **constants):
+    """SystemExit for the first of the constants that is not between low and high."""
+    for name, value in constants.items():
+        if not low <= value <= high:
+            limits = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            raise SystemExit(f"--{name}={value}: must be {limits}")
+
+
+def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
+    """SystemExit for constants of sampling whose quotients no float32 holds."""
+    if temperature:                                           # 0: nothing is drawn
+        check_range(0.001, 1000, temperature=temperature)
+    check_range(0.000_001, 1, top_p=top_p)
+    check_range(0.01, 100, repetition_penalty=repetition_penalty)
 
 
 def parse(text, kind):
@@ -90,6 +169,74 @@ def constants_of(path):
     return found
 
 
+def check_output(name, path):
+    """SystemExit, before the work, if no file can be written to `path`, the constant `name`."""
+    folder, file = os.path.split(path)
+    try:
+        if not file or os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "no file can have this name")
+        missing = []                          # folders that are there for this check only
+        while folder and not os.path.lexists(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            probe = f"{path}.tmp"
+            there = os.path.lexists(probe)
+            open(probe, "ab").close()
+            if not there:
+                os.remove(probe)
+        finally:
+            for made in missing:
+                os.rmdir(made)
+    except (OSError, ValueError) as error:    # ValueError: a NUL in the name
+        raise SystemExit(f"--{name}={path!r}: cannot be written: "
+                         f"{getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def only_user_of(name, folder):
+    """Around all work on a folder, the constant `name`: SystemExit if another process does such.
+
+    The lock belongs to the process, so that it ends with it, however that ends. Where the file
+    system knows no locks there is none.
+    """
+    if not folder or "\0" in folder:
+        raise SystemExit(f"--{name}={folder!r}: must name a folder")
+    check_output(name, os.path.join(folder, "x"))
+    missing = not os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if missing and not os.listdir(folder):                # it was made for nothing
+            os.rmdir(folder)
+
+
+@contextmanager
+def locked(folder):
+    if os.name == "nt":
+        import msvcrt
+        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+        lock = lambda: msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        file = os.open(folder, os.O_RDONLY)
+        lock = lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        lock()
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            os.close(file)
+            raise SystemExit(f"{folder}: another process is writing there; wait for its end, or "
+                             "name another folder") from None
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
 @contextmanager
 def whole_file(path, mode="w"):
     """Open a file that takes its name only when it is whole: written aside, flushed to the disk, then renamed.
@@ -109,6 +256,17 @@ def whole_file(path, mode="w"):
         if os.path.exists(aside):
             os.remove(aside)
         raise
+
+
+class Checksum:
+    """A file that is being written, and the CRC-32 of what was written so far."""
+
+    def __init__(self, file):
+        self.file, self.crc32 = file, 0
+
+    def write(self, data):
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.file.write(data)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import config
 import corpora
 import runtime
@@ -114,9 +115,10 @@ def answer_all(model, tok, prompts):
 
 
 def main():
-    if repetition_penalty <= 0:
-        raise SystemExit(f"repetition_penalty ({repetition_penalty}) must be above 0")
-    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
+    config.check_range(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    config.check_drawing(temperature, repetition_penalty=repetition_penalty)
+    config.check_output("out", out)
+    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()
     where = runtime.start(device).device
     runtime.keep_freed_memory()
@@ -141,7 +143,7 @@ def main():
     cell = lambda text: text.replace("|", "\\|").replace("\n", "<br>")
     page = out or os.path.join(os.path.dirname(checkpoint), "bleu.md")
     with config.whole_file(page) as f:               # report.py compares the fingerprint
-        f.write(f"{checkpoint} ({runtime.fingerprint(checkpoint)}): {summary}\n\n| question | reference | answer | BLEU |\n|---|---|---|---|\n")
+        f.write(f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): {summary}\n\n| question | reference | answer | BLEU |\n|---|---|---|---|\n")
         for (question, reference, answer), score in zip(rows, scores):
             f.write(f"| {cell(question)} | {cell(reference)} | {cell(answer)} | {score:.1f} |\n")
     for question, reference, answer in rows[::max(1, len(rows) // 8)][:8]:

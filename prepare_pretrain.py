@@ -339,12 +339,14 @@ def main():
         # left in reverse: train.bin takes its name first, meta.json, which vouches for both, last
         with config.whole_file(paths[0]) as meta_file, config.whole_file(paths[1], "wb") as val_file, \
                 config.whole_file(paths[2], "wb") as train_file:
-            write_bin(val_file, ids_path, documents, offsets, order[in_val[order]])
-            write_bin(train_file, ids_path, documents, offsets, order[~in_val[order]])
+            bins = {"val.bin": config.Checksum(val_file), "train.bin": config.Checksum(train_file)}
+            write_bin(bins["val.bin"], ids_path, documents, offsets, order[in_val[order]])
+            write_bin(bins["train.bin"], ids_path, documents, offsets, order[~in_val[order]])
+            meta["crc32"] = {name: file.crc32 for name, file in bins.items()}
             json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote {', '.join(reversed(paths))}")
 
 
 if __name__ == "__main__":
-    with interruptible(data_dir):
+    with interruptible(data_dir), config.only_user_of("data_dir", data_dir):
         main()

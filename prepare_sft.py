@@ -268,7 +268,7 @@ def main():
     check_constants(tok)
     with ExitStack() as stack:                                     # meta.json last: it vouches for the others
         meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
-        files = {(split, kind): stack.enter_context(config.whole_file(f"{data_dir}/{split}.{kind}", "wb"))
+        files = {(split, kind): config.Checksum(stack.enter_context(config.whole_file(f"{data_dir}/{split}.{kind}", "wb")))
                  for split, kinds in SPLITS.items() for kind in kinds}
         with closing(results(workers or os.cpu_count())) as found:
             splits, by_corpus, first = write(files, found)
@@ -278,6 +278,7 @@ def main():
         meta = {"format": FORMAT, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
                 "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": seed, "max_seq_len": max_seq_len,
                 "longest": max(splits[split]["longest"] for split in SPLITS), **splits, "corpora": by_corpus,
+                "crc32": {f"{split}.{kind}": file.crc32 for (split, kind), file in files.items()},
                 "constants": {name: value for name, value in constants.items() if name not in NOT_IN_THE_BYTES}}
         json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print_report(splits, by_corpus)
@@ -287,5 +288,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with corpus_reader.interruptible(data_dir):
+    with corpus_reader.interruptible(data_dir), config.only_user_of("data_dir", data_dir):
         main()

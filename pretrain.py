@@ -12,8 +12,9 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
+import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, ModelConfig, generate
@@ -107,7 +108,10 @@ def sample(model, tok, autocast, process):
     """Print continuations of sample_prompts, the same random numbers every time."""
     generator = torch.Generator(process.device).manual_seed(seed)
     for prompt in filter(None, sample_prompts.split("|")):
-        ids = [tok.bos_id] + tok.encode(prompt)[:max_seq_len // 2]
+        ids = [tok.bos_id] + tok.encode(prompt)
+        if len(ids) >= model.config.max_seq_len:
+            print(f"  | {prompt[:20]}... ({len(ids)} tokens: too long for the context, left out)")
+            continue
         with autocast:
             new = [row[0] for row in generate(model, [ids], sample_tokens, temperature=0.8, top_p=0.9,
                                               stop_ids={tok.eos_id}, generator=generator)]
@@ -116,10 +120,12 @@ def sample(model, tok, autocast, process):
 
 def main():
     global max_steps, micro_batch
+    config.check_range(1, max_seq_len=max_seq_len,
+                       eval_interval=eval_interval, log_interval=log_interval)
     tok = tokenizers.load(tokenizer)
-    meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
-    train, val = (runtime.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], "prepare_pretrain.py",
-                                   below=tok.vocab_size) for part in ("train", "val"))
+    meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
+    train, val = (checkpoints.open_bin(f"{data_dir}/{part}.bin", "<u2", meta[part]["tokens"], meta,
+                                       "prepare_pretrain.py", tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = (math.ceil((len(data) - 1) / max_seq_len) for data in (train, val))
     n_val_rows = min(n_val_rows, max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
@@ -127,7 +133,7 @@ def main():
     if not (n_rows and n_val_rows and max_steps):
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
                          "of them may be 0; prepare_pretrain.py with more text, or a larger val_fraction")
-    pretrained = runtime.load_checkpoint(init_from) if init_from else None
+    pretrained = checkpoints.load(init_from) if init_from else None
     try:
         shape = ModelConfig(**pretrained["shape"]) if init_from else ModelConfig(
             tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len, rope_theta,
@@ -139,8 +145,8 @@ def main():
     if max_seq_len > shape.max_seq_len:
         raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {init_from} reads {shape.max_seq_len} at most")
     identity = {**vars(shape), "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
-                "batch_tokens": batch_tokens, "seed": seed}
-    saved = runtime.open_run(out_dir, resume, overwrite, "pretrain", identity)
+                "data": checkpoints.data_hash(meta), "batch_tokens": batch_tokens, "seed": seed}
+    saved = checkpoints.open_run(out_dir, resume, overwrite, "pretrain", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
@@ -148,21 +154,20 @@ def main():
     model = Model.from_state(vars(shape), pretrained.pop("model")) if init_from else Model(shape)
     model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
-    start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
-    micro_batch = micro_batch or (saved["constants"]["micro_batch"] if saved else
-                                  runtime.rows_that_fit(model, process, dtype_name, batch_rows, max_seq_len))
-    constants["micro_batch"] = micro_batch                             # a resumed run rounds as this one does
+    start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
+    micro_batch = micro_batch or runtime.rows_that_fit(model, process, dtype_name, batch_rows, max_seq_len)
+    constants["micro_batch"] = micro_batch                             # a resumed run then rounds as this one does
     saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     said = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
-    log = runtime.Log(f"{out_dir}/log.csv", start, process)
+    log = checkpoints.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
-        runtime.refuse_to_save_nan(model, step, out_dir)
+        checkpoints.refuse_to_save_nan(model, step, out_dir)
         if process.is_main:
             log.flush()                                                # never behind a checkpoint
-            runtime.save_checkpoint(f"{out_dir}/{name}", {
+            checkpoints.save(f"{out_dir}/{name}", {
                 "stage": "pretrain", "model": model.state_dict(), "shape": vars(shape), "step": step,
                 "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 **more})
@@ -212,8 +217,6 @@ def main():
             with meter.paused():
                 val_loss, val_bpb = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
                 process.print(f"step {step:>6}  validation: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
-                if process.is_main:
-                    sample(model, tok, autocast, process)
                 if val_loss < best:
                     best = val_loss
                     save("best.pt", val_loss=val_loss, val_bpb=val_bpb)
@@ -223,17 +226,24 @@ def main():
             save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
                  skipped=skipped)
             meter.save(f"{out_dir}/run.json", said)
+        if evaluating and process.is_main:                             # after saving: it may fail
+            with meter.paused(), config.only_watching("samples"):
+                sample(model, tok, autocast, process)
         if asked:
             process.print(f"stopped after step {step}, saved in {out_dir}/last.pt; --resume goes on")
             break
     meter.close()
     log.flush()
     if process.is_main and not asked:
-        print(f"lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
-              f"{runtime.draw_curve(out_dir, f'pretraining, {model.n_params() / 1e6:.1f} M parameters')}")
+        print(f"finished at step {max(start, max_steps)}: lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv")
+        with config.only_watching("curve"):
+            print(runtime.draw_curve(out_dir, f'pretraining, {model.n_params() / 1e6:.1f} M parameters'))
     runtime.finish()
+    return (stop.code or 143) if asked else 0  # a script must not go on to the next stage
 
 
 if __name__ == "__main__":
     with runtime.ending_together(), runtime.memory_advice(globals()):
         main()
+        code = main()
+    raise SystemExit(code)

@@ -1,10 +1,8 @@
 """What both training loops need and neither is there to teach: processes, precision, the order of the data,
-checkpoints, the log and its picture. Knows nothing of what is inside the network.
+the progress and its picture. Knows nothing of what is inside the network.
 """
-import csv
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -17,7 +15,7 @@ import sys
 import sysconfig
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,10 +25,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoints
 import config
-import tokenizer as tokenizers
 
-FORMAT = 1                                    # of checkpoints and bins; a newer one is refused, not guessed at
 NEEDS = (2, 6)                                # the oldest PyTorch that the tests were run with
 
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < NEEDS:
@@ -168,7 +165,24 @@ def ending_together():
 def override(namespace):
     """config.override() for the scripts that torchrun starts: a constant that is wrong on one machine ends all."""
     with ending_together():
-        return config.override(namespace)
+        constants = config.override(namespace, outlives_reader=True)
+        if not constants["resume"]:
+            return constants
+        path = f"{constants['out_dir']}/last.pt"
+        earlier = checkpoints.read_constants(path, constants)
+        namespace.update(earlier)              # the defaults of this run; the command line again goes above
+        constants = config.override(namespace, outlives_reader=True)
+        changed = [f"{name} (then {value!r}, now {constants[name]!r})" for name, value in earlier.items()
+                   if constants[name] != value]
+        if earlier and os.environ.get("RANK", "0") == "0":
+            print(f"the constants of {path}; changed: {', '.join(changed) or 'none'}", flush=True)
+        return constants
+
+
+def only_run_in(out_dir):
+    """Refuse a second run in this folder; one process locks it for all."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    return config.only_user_of("out_dir", out_dir) if is_main else nullcontext()
 
 
 def finish():
@@ -338,22 +352,32 @@ def seconds_as_text(seconds):
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM came: the loop then ends its step and saves. A second SIGINT quits at once."""
+    """True once SIGINT or SIGTERM came: the loop then ends its step, saves, and ends with `code`.
+
+    A second SIGINT quits at once. Each process gets the signal, the main one speaks.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.code, self.is_main = 0, os.environ.get("RANK", "0") == "0"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            sys.stderr.write("\nstopped at once; what was saved last is whole\n")
+        if self.code and number == signal.SIGINT:
+            self.say("stopped at once; what was saved last is whole")
             os._exit(130)
-        self.asked = True
-        sys.stderr.write("\nstopping after this step (Ctrl-C again: at once)\n")
+        if not self.code:
+            self.code = 128 + number           # the exit code that shells give a signal: 130 or 143
+            again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            self.say(f"stopping after this step{again}")
+
+    def say(self, sentence):
+        if self.is_main:
+            with suppress(OSError):            # sys.stderr may be in the middle of a write
+                os.write(2, f"\n{sentence}\n".encode())
 
     def __bool__(self):
-        return self.asked
+        return self.code > 0
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -382,115 +406,7 @@ def micro_batches(rows, micro_batch, process):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# files
-
-def read_meta(path, tokenizer, made_by):
-    """meta.json beside the bins; SystemExit if it is not there, is newer, or belongs to another tokenizer."""
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: not there; run python {made_by} first")
-    try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-    except ValueError:
-        raise SystemExit(f"{path}: not a whole JSON file; run python {made_by} again") from None
-    if not isinstance(meta, dict) or not {"format", "tokenizer", "tokenizer_sha256", "train", "val"} <= meta.keys():
-        raise SystemExit(f"{path}: not what {made_by} writes; run python {made_by} again")
-    if meta["format"] != FORMAT:
-        raise SystemExit(f"{path}: format {meta['format']}, this code reads {FORMAT}; run python {made_by} again")
-    if meta["tokenizer_sha256"] != tokenizer.sha256:
-        made_with = f"{meta['tokenizer']} ({meta['tokenizer_sha256'][:8]})"
-        raise SystemExit(f"{path}: made with {made_with}, but {tokenizer.name} is {tokenizer.sha256[:8]}; "
-                         f"run python {made_by} again, or name the other with --tokenizer=")
-    return meta
-
-
-def open_bin(path, dtype, length, made_by, below=None):
-    """A flat array on disk, read where it is touched.
-
-    SystemExit if it has not the length that meta.json says, or holds a number that is not below `below`.
-    """
-    expected = length * np.dtype(dtype).itemsize
-    there = os.path.getsize(path) if os.path.exists(path) else "missing"
-    if there != expected:
-        raise SystemExit(f"{path}: {there}, where meta.json says {expected} bytes; run python {made_by} again")
-    data = np.memmap(path, dtype=dtype, mode="r") if length else np.zeros(0, dtype)
-    for at in range(0, length if below else 0, 1 << 24):
-        if (largest := data[at:at + (1 << 24)].max()) >= below:
-            raise SystemExit(f"{path}: holds token {largest}, but the tokenizer has {below:,}; "
-                             f"run python {made_by} again")
-    return data
-
-
-def save_checkpoint(path, state):
-    with config.whole_file(path, "wb") as f:
-        torch.save({"format": FORMAT, **state}, f)
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint() wrote; SystemExit if it is missing, not whole, newer, or holds more than data.
-
-    weights_only: a checkpoint from elsewhere can carry tensors and plain values, but no code that runs.
-    """
-    if os.path.isdir(path):
-        raise SystemExit(f"{path}: a folder, not a checkpoint; `python -m extras.import_weights --source={path}` makes "
-                         "one of a Hugging Face folder")
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                                # a damaged pickle raises almost anything
-        reason = "refused: it holds more than tensors and plain values" if "weights_only" in str(error) else "not whole"
-        raise SystemExit(f"{path}: {reason}; take another checkpoint") from None
-    needed = {"stage", "model", "shape", "tokenizer", "tokenizer_sha256"}
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not needed <= state.keys():
-        raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
-    return state
-
-
-def fingerprint(path):
-    """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:8]
-
-
-def load_with_tokenizer(path, tokenizer=""):
-    """The checkpoint of load_checkpoint() and its tokenizer: the one at `tokenizer`, or where the checkpoint says.
-    SystemExit if it is not the one that the model was trained with."""
-    saved = load_checkpoint(path)
-    tok = tokenizers.load(tokenizer or saved["tokenizer"])
-    if tok.sha256 != saved["tokenizer_sha256"]:
-        raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is not {tok.name}")
-    return saved, tok
-
-
-def open_run(out_dir, resume, overwrite, stage, identity):
-    """The checkpoint to go on with, or None to start anew. SystemExit rather than lose a run or mix two.
-
-    identity: what makes a run this one, {name: value}: the model's shape, the tokenizer, the order of the data.
-    """
-    path = f"{out_dir}/last.pt"
-    if not os.path.exists(path):
-        if resume:
-            print(f"{path}: not there yet, nothing to resume; starting at step 0", flush=True)
-        return None
-    if not resume and not overwrite:
-        raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts beside it, --overwrite "
-                         "starts anew in its place")
-    if not resume:
-        return None
-    saved = load_checkpoint(path)
-    if saved["stage"] != stage or "optimizers" not in saved:
-        raise SystemExit(f"{path}: made by {saved['stage']}.py{', as best.pt' * ('optimizers' not in saved)}; only the "
-                         f"last.pt of {stage}.py can be resumed here")
-    differ = [f"{name} (then {saved['identity'].get(name)}, now {value})" for name, value in identity.items()
-              if saved["identity"].get(name) != value]
-    if differ:
-        raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the constants it had")
-    return saved
-
+# progress
 
 @contextmanager
 def memory_advice(constants):
@@ -504,32 +420,6 @@ def memory_advice(constants):
         advice = f"--micro_batch={rows // 2}: half the activations, the same batch and the same result" \
             if rows > 1 else "rows of half the length (--max_seq_len), or a smaller model"
         raise SystemExit(f"out of memory; try {advice}") from None
-
-
-def restore(saved, model, optimizers, scaler):
-    """Put a saved run's state back; returns (steps done, best validation loss, steps skipped).
-
-    That is all there is: the order of the data is a function of the step, and nothing else is random in training.
-    """
-    if saved is None:
-        return 0, math.inf, 0
-    model.load_state_dict(saved["model"])
-    if len(optimizers) != len(saved["optimizers"]):
-        raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: give muon_lr as then")
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        now = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, constants in zip(optimizer.param_groups, now):
-            group.update(constants)            # learning rates and decay are those of now, the moments those of then
-    scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["best"], saved["skipped"]
-
-
-def refuse_to_save_nan(model, step, out_dir):
-    """SystemExit, on every process, if a weight is no longer finite: last.pt then still is."""
-    if not all(bool(w.isfinite().all()) for w in model.parameters()):
-        raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was saved: --resume goes on "
-                         f"from {out_dir}/last.pt, with a lower learning rate for instance")
 
 
 class Meter:
@@ -574,57 +464,11 @@ class Meter:
                        "timed_tokens": self.now["tokens"] // step * (step - self.start - 1),
                        "timed_seconds": now - self.step_1, "date": time.strftime("%Y-%m-%d"),
                        "torch": torch.__version__, **said}
-            with config.whole_file(path) as f:
-                json.dump([*read_run(path, self.start), session], f, indent=1)
+            with config.only_watching(path), config.whole_file(path) as f:
+                json.dump([*checkpoints.read_run(path, self.start), session], f, indent=1)
 
     def close(self):
         self.bar.close()
-
-
-def read_run(path, last_step=math.inf):
-    """The sessions in a run.json that ended at last_step or before; none if there is no such file."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [session for session in json.load(f) if session["to_step"] <= last_step]
-    except (OSError, ValueError, TypeError, KeyError):                  # no reason to end a run that trains well
-        return []
-
-
-class Log:
-    """log.csv, one row a step, written by the main process only. After resuming no step is there twice."""
-
-    def __init__(self, path, last_step, process):
-        columns = ["step", "tokens", "lr", "loss", "grad_norm", "val_loss", "val_bpb"]
-        self.file = None
-        if process.is_main:
-            kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
-            with config.whole_file(path) as f:
-                writer = csv.DictWriter(f, columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(kept)
-            self.file = open(path, "a", encoding="utf-8", newline="")
-            self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
-
-    def row(self, **values):
-        if self.file:
-            with config.disk_space(self.file.name):
-                self.writer.writerow(values)
-
-    def flush(self):
-        """Bring the rows to the disk: before a checkpoint, so that the log is never behind it."""
-        if self.file:
-            with config.disk_space(self.file.name):
-                self.file.flush()
-                os.fsync(self.file.fileno())
-
-
-def read_log(path):
-    """The rows of a log.csv as dicts of strings; a last line that was being written when the run died is left out."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8", newline="") as f:
-        text = f.read()
-    return list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
 
 
 def draw_curve(out_dir, title):
@@ -635,7 +479,7 @@ def draw_curve(out_dir, title):
         return "no curve drawn: pip install matplotlib"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_log(f"{out_dir}/log.csv")
+    rows = checkpoints.read_log(f"{out_dir}/log.csv")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], lw=1, alpha=0.6, label="training")
     seen = [r for r in rows if r["val_loss"]]

@@ -9,6 +9,7 @@ import time
 
 import torch
 
+import checkpoints
 import config
 import runtime
 import tokenizer as tokenizers
@@ -88,9 +89,9 @@ def chat(model, tok, generator):
 
 
 def main():
-    if top_p <= 0 or repetition_penalty <= 0:
-        raise SystemExit(f"top_p ({top_p}) and repetition_penalty ({repetition_penalty}) must be above 0")
-    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
+    config.check_range(1, n_samples=n_samples, max_new_tokens=max_new_tokens)
+    config.check_drawing(temperature, top_p, repetition_penalty)
+    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
     runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])

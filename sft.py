@@ -11,8 +11,9 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
+import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, generate
@@ -80,17 +81,22 @@ class Examples:
     rows: list of lists of examples; targets (len(rows),): the tokens of each row that the loss counts.
     """
 
-    def __init__(self, part, counts, size, vocab_size):
-        path = f"{data_dir}/{part}"
-        self.tokens = runtime.open_bin(f"{path}.bin", "<u2", counts["tokens"], "prepare_sft.py", below=vocab_size)
-        self.mask = runtime.open_bin(f"{path}.mask", "u1", counts["tokens"], "prepare_sft.py")
-        self.starts = runtime.open_bin(f"{path}.idx", "<i8", counts["examples"] + 1, "prepare_sft.py")
+    def __init__(self, part, meta, size, vocab_size):
+        path, counts, made_by = f"{data_dir}/{part}", meta[part], "prepare_sft.py"
+        n, n_tokens = counts["examples"], counts["tokens"]
+        self.tokens = checkpoints.open_bin(f"{path}.bin", "<u2", n_tokens, meta, made_by, vocab_size)
+        self.mask = checkpoints.open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
+        self.starts = checkpoints.open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
         lengths = np.diff(self.starts) - 1                             # n tokens are n - 1 inputs, each with a target
+        if self.starts[0] != 0 or self.starts[-1] != n_tokens or lengths.min(initial=1) < 1:
+            raise SystemExit(f"{path}.idx: does not cut {path}.bin into examples; run python {made_by} again")
         if lengths.max(initial=0) > size:
             raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a row of this run "
                              f"{size}: run python prepare_sft.py --max_seq_len={size}")
         self.rows, self.size = pack(lengths, size), size
-        targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if len(lengths) else lengths
+        targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) if n else lengths
+        if targets.min(initial=1) < 1:
+            raise SystemExit(f"{path}.mask: an example has no token on which the loss counts; run python {made_by} again")
         self.targets = np.array([targets[row].sum() for row in self.rows])
 
 
@@ -140,24 +146,29 @@ def evaluate(model, data, n_rows, tok, token_bytes, autocast, process):
 def sample(model, tok, autocast, process):
     """Print the most likely answers to sample_prompts."""
     for question in filter(None, sample_prompts.split("|")):
+        ids = tok.prompt([{"role": "user", "content": question}])
+        if len(ids) >= model.config.max_seq_len:
+            print(f"  | {question[:20]}... ({len(ids)} tokens: too long for the context, left out)")
+            continue
         with autocast:
-            ids = [row[0] for row in generate(model, [tok.prompt([{"role": "user", "content": question}])],
-                                              sample_tokens, temperature=0, stop_ids=tok.stop_ids)]
-        print(f"  | {question} -> {tok.decode(ids)}".replace("\n", "\n  | "), flush=True)
+            new = [row[0] for row in generate(model, [ids], sample_tokens, temperature=0,
+                                              stop_ids=tok.stop_ids)]
+        print(f"  | {question} -> {tok.decode(new)}".replace("\n", "\n  | "), flush=True)
 
 
 def main():
     global max_steps, max_seq_len, micro_batch
+    config.check_range(1, eval_interval=eval_interval, log_interval=log_interval)
     tok = tokenizers.load(tokenizer)
-    meta = runtime.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
-    pretrained = runtime.load_checkpoint(checkpoint)
+    meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_sft.py")
+    pretrained = checkpoints.load(checkpoint)
     if pretrained["tokenizer_sha256"] != tok.sha256:
         raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not {tokenizer}")
     shape = pretrained["shape"]
     max_seq_len = max_seq_len or shape["max_seq_len"]
     if max_seq_len > shape["max_seq_len"]:
         raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {checkpoint} reads {shape['max_seq_len']} at most")
-    train, val = (Examples(part, meta[part], max_seq_len, tok.vocab_size) for part in ("train", "val"))
+    train, val = (Examples(part, meta, max_seq_len, tok.vocab_size) for part in ("train", "val"))
     n_rows, n_val_rows = len(train.rows), min(len(val.rows), max(1, eval_tokens // max_seq_len))
     batch_rows = batch_tokens // max_seq_len
     max_steps = max_steps or math.ceil(epochs * n_rows / max(1, batch_rows))
@@ -165,29 +176,28 @@ def main():
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, epochs is {epochs}: none "
                          "of them may be 0; prepare_sft.py with more text, or a larger val_fraction")
     identity = {**shape, "max_seq_len": max_seq_len, "tokenizer": tok.sha256, "rows": n_rows,
-                "batch_tokens": batch_tokens, "seed": seed}
-    saved = runtime.open_run(out_dir, resume, overwrite, "sft", identity)
+                "data": checkpoints.data_hash(meta), "batch_tokens": batch_tokens, "seed": seed}
+    saved = checkpoints.open_run(out_dir, resume, overwrite, "sft", identity)
     process = runtime.start(device, batch_rows, {**constants, "the step of last.pt": saved and saved["step"]})
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
 
     model = Model.from_state(shape, pretrained.pop("model"))
     model.to(process.device)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
-    start, best, skipped = runtime.restore(saved, model, optimizers, scaler)
-    micro_batch = micro_batch or (saved["constants"]["micro_batch"] if saved else
-                                  runtime.rows_that_fit(model, process, dtype_name, batch_rows, max_seq_len))
-    constants["micro_batch"] = micro_batch                             # a resumed run rounds as this one does
+    start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
+    micro_batch = micro_batch or runtime.rows_that_fit(model, process, dtype_name, batch_rows, max_seq_len)
+    constants["micro_batch"] = micro_batch                             # a resumed run then rounds as this one does
     saved = None                                                       # restored: the host's memory is free again
     forward = runtime.parallel(runtime.compiled(model, compile, process, max_steps * batch_tokens), process)
     said = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch, n_rows, max_seq_len)
-    log = runtime.Log(f"{out_dir}/log.csv", start, process)
+    log = checkpoints.Log(f"{out_dir}/log.csv", start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
 
     def save(name, **more):
-        runtime.refuse_to_save_nan(model, step, out_dir)
+        checkpoints.refuse_to_save_nan(model, step, out_dir)
         if process.is_main:
             log.flush()                                                # never behind a checkpoint
-            runtime.save_checkpoint(f"{out_dir}/{name}", {
+            checkpoints.save(f"{out_dir}/{name}", {
                 "stage": "sft", "model": model.state_dict(), "shape": shape, "step": step,
                 "identity": identity, "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 **more})
@@ -237,8 +247,6 @@ def main():
             with meter.paused():
                 val_loss, val_bpb = evaluate(model, val, n_val_rows, tok, token_bytes, autocast, process)
                 process.print(f"step {step:>6}  validation: {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
-                if process.is_main:
-                    sample(model, tok, autocast, process)
                 if val_loss < best:
                     best = val_loss
                     save("best.pt", val_loss=val_loss, val_bpb=val_bpb)
@@ -248,17 +256,24 @@ def main():
             save("last.pt", optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), best=best,
                  skipped=skipped)
             meter.save(f"{out_dir}/run.json", said)
+        if evaluating and process.is_main:                             # after saving: it may fail
+            with meter.paused(), config.only_watching("samples"):
+                sample(model, tok, autocast, process)
         if asked:
             process.print(f"stopped after step {step}, saved in {out_dir}/last.pt; --resume goes on")
             break
     meter.close()
     log.flush()
     if process.is_main and not asked:
-        print(f"lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv, "
-              f"{runtime.draw_curve(out_dir, f'fine-tuning, {model.n_params() / 1e6:.1f} M parameters')}")
+        print(f"finished at step {max(start, max_steps)}: lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv")
+        with config.only_watching("curve"):
+            print(runtime.draw_curve(out_dir, f'fine-tuning, {model.n_params() / 1e6:.1f} M parameters'))
     runtime.finish()
+    return (stop.code or 143) if asked else 0  # a script must not go on to the next stage
 
 
 if __name__ == "__main__":
     with runtime.ending_together(), runtime.memory_advice(globals()):
         main()
+        code = main()
+    raise SystemExit(code)

@@ -195,6 +195,7 @@ def check_constants():
 
 def main():
     check_constants()
+    config.check_output("out", out)
     others = [tokenizers.load(name.strip()) for name in compare.split(",") if name.strip()]   # say now if one is wrong
     start = time.time()
     texts, test = sample(corpora)

@@ -24,6 +24,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from checkpoints import load as load_checkpoint, save as save_checkpoint
 import config
 import runtime
 import tokenizer as tokenizers
@@ -284,7 +285,7 @@ def checkpoints():
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(out) or ".") as folder:          # on the disk of the runs
         path = f"{folder}/last.pt"
-        save, load = in_turns(lambda: runtime.save_checkpoint(path, state), lambda: runtime.load_checkpoint(path))
+        save, load = in_turns(lambda: save_checkpoint(path, state), lambda: load_checkpoint(path))
         return [("last.pt", "MB", [os.path.getsize(path) / 1e6]), ("saving last.pt", "s", save),
                 ("loading last.pt", "s", load)]
 
@@ -315,6 +316,9 @@ def number(x):
 def main():
     if only and only not in PARTS:
         raise SystemExit(f"bench: --only={only}: choose one of {', '.join(PARTS)}")
+    config.check_range(1, batch_tokens=batch_tokens, micro_batch=micro_batch, max_seq_len=max_seq_len,
+                       document_tokens=document_tokens, prompt_tokens=prompt_tokens,
+                       new_tokens=new_tokens, text_bytes=text_bytes, repeats=repeats)
     if tokenizer and not tokenizer.endswith(".model"):
         raise SystemExit(f"bench: --tokenizer={tokenizer}: what is compared is sentencepiece; give a *.model file")
     if corpora:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoints
 import config
 import corpora
 import runtime
@@ -357,9 +358,11 @@ def report(summary, notes, scored):
 def main():
     if exam not in EXAMS:
         raise SystemExit(f"--exam={exam}: it is one of {', '.join(EXAMS)}")
+    config.check_range(1, batch_size=batch_size)
     title, hub, usual, *_ = EXAMS[exam]
     folder, part = data_dir or f"data/{exam}", split or usual
     files = out or os.path.join(os.path.dirname(checkpoint), f"{exam}_{part}")
+    config.check_output("out", f"{files}.md")
     subjects, notes = read_split(folder, part)
     examples, dev_notes = read_split(folder, "dev") if shots else ({}, {})
     if not any(subjects.values()):
@@ -367,7 +370,7 @@ def main():
                          "the Hugging Face hub, and --data_dir= names the folder that holds dev, val and test")
     if shots and not any(examples.values()):
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; --shots=0 asks without")
-    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
+    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
     torch.set_float32_matmul_precision("highest")             # start() allows TF32, whose 10 bits turn close calls
     kind = getattr(torch, runtime.precision(where, dtype)[0])
@@ -390,7 +393,7 @@ def main():
 
     scored = {subject: questions for subject, questions in answered.items() if questions and questions[0]["answer"]}
     n_asked, n_answered, n_scored = (sum(map(len, part.values())) for part in (subjects, answered, scored))
-    said = [f"{checkpoint} ({runtime.fingerprint(checkpoint)}): {title} {part}, {shots} shots"]
+    said = [f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): {title} {part}, {shots} shots"]
     if scored:
         (letter, letters), (text, texts) = (accuracy(scored.values(), figure) for figure in FIGURES)
         said.append(f"accuracy by letter {letter} %, by text {text} %, chance 25 % (mean of {len(scored)} subjects ± "

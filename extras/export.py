@@ -13,8 +13,8 @@ import os
 
 import torch
 
+import checkpoints
 import config
-import runtime
 import tokenizer as tokenizers
 from extras.huggingface import their_name
 from model import Model, scaled
@@ -284,7 +284,8 @@ def main():
     if not out or is_file == is_folder and os.path.exists(out) or \
             is_folder and os.listdir(out) and not os.path.exists(f"{out}/config.json"):
         raise SystemExit(f"--out={out}: name a new folder, an earlier export, or a file that ends in .gguf")
-    saved, tok = runtime.load_with_tokenizer(checkpoint, tokenizer)
+    config.check_output("out", out if is_file else f"{out}/config.json")
+    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     model = Model.from_state(saved["shape"], saved["model"])
     stop_ids = [tok.eos_id] if saved["stage"] == "pretrain" else sorted(tok.stop_ids)
     (write_gguf if is_file else write_folder)(saved, model, tok, stop_ids)

@@ -15,7 +15,7 @@ import re
 import torch
 
 import config
-import runtime
+import checkpoints
 import tokenizer as tokenizers
 from extras import huggingface
 from model import Model, ModelConfig
@@ -109,7 +109,7 @@ def main():
     except RuntimeError as error:                                # a name or a size that does not fit
         raise SystemExit(f"{source}: {' '.join(str(error).split())}") from None
     its_stage = stage or ("sft" if is_chat else "pretrain")
-    runtime.save_checkpoint(out, {
+    checkpoints.save(out, {
         "stage": its_stage, "model": model.state_dict(), "shape": vars(shape),
         "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
     print(f"{out}: {model.n_params():,} parameters, {shape.n_layers} layers of {shape.dim}, "

@@ -14,6 +14,7 @@ from statistics import fmean
 
 import torch
 
+import checkpoints
 import config
 import runtime
 from model import Model, generate
@@ -42,7 +43,7 @@ def table(head, rows):
 
 def figures(folder, saved, n_params):
     """Lines: what was trained, how far, how well, how fast."""
-    log, sessions = runtime.read_log(f"{folder}/log.csv"), runtime.read_run(f"{folder}/run.json")
+    log, sessions = checkpoints.read_log(f"{folder}/log.csv"), checkpoints.read_run(f"{folder}/run.json")
     total = lambda name: sum(session[name] for session in sessions)
     rows = [("parameters", n_params), ("shape", ", ".join(f"{name} {value}" for name, value in saved["shape"].items())),
             ("tokenizer", saved["tokenizer"]),
@@ -66,7 +67,7 @@ def data(saved, tok):
     path, columns = f"{saved['constants']['data_dir']}/meta.json", {"pretrain": ("documents", "tokens", "bytes"),
                                                                     "sft": ("examples", "tokens", "targets")}
     try:
-        meta = runtime.read_meta(path, tok, f"prepare_{saved['stage']}.py")
+        meta = checkpoints.read_meta(path, tok, f"prepare_{saved['stage']}.py")
     except SystemExit as sentence:
         return [f"The data are not known any more: {sentence}."]
     columns, corpora = columns[saved["stage"]], meta.get("corpora", {})
@@ -92,7 +93,7 @@ def samples(model, saved, tok, where):
 
 def evaluations(folder, link):
     """A line for each page of eval_bleu.py or the exams in a folder: its scores, if they are those of best.pt."""
-    lines, now = [], runtime.fingerprint(f"{folder}/best.pt")
+    lines, now = [], checkpoints.fingerprint(f"{folder}/best.pt")
     for path in sorted(glob(f"{escape(folder)}/*.md")):
         with open(path, encoding="utf-8", errors="replace") as f:
             summary = " ".join(f.read().partition("\n\n")[0].split())
@@ -108,10 +109,14 @@ def main():
     if not folders:
         raise SystemExit(f"no best.pt in {pretrain_dir or '-'} or {sft_dir or '-'}: train first, or name the folders with "
                          "--pretrain_dir= and --sft_dir=")
-    page, where, scores, lines = out or f"{folders[-1]}/report.md", runtime.start(device).device, [], []
+    config.check_range(1, max_new_tokens=max_new_tokens)
+    config.check_drawing(temperature, top_p, repetition_penalty)
+    page = out or f"{folders[-1]}/report.md"
+    config.check_output("out", page)
+    where, scores, lines = runtime.start(device).device, [], []
     link = lambda path: os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
     for folder in folders:
-        saved, tok = runtime.load_with_tokenizer(f"{folder}/best.pt")
+        saved, tok = checkpoints.load_with_tokenizer(f"{folder}/best.pt")
         if not {"val_bpb", "constants"} <= saved.keys():
             raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there is nothing to report")
         model, is_sft = Model.from_state(saved["shape"], saved["model"]), saved["stage"] == "sft"

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,8 +68,9 @@ def import_weights(source, out, **constants):
 
 
 def write_meta(folder, tok, **parts):
+    sums = {path.name: zlib.crc32(path.read_bytes()) for path in folder.glob("*.*") if path.suffix != ".json"}
     meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
-            "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": 0, **parts}
+            "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": 0, "crc32": sums, **parts}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ from conftest import run, story, train_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoints
 import pretrain
 import runtime
 from extras import bench
@@ -91,7 +92,7 @@ def test_a_step_is_a_step_of_pretrain(tok, pretrain_dir, tmp_path, monkeypatch):
     torch.manual_seed(seed)
     model = Model(ModelConfig(tok.vocab_size, 32, 1, 2, max_seq_len=T, qk_norm=pretrain.qk_norm))
     optimizers = make_optimizers(model, pretrain.lr, pretrain.muon_lr, pretrain.weight_decay)
-    for step, row in enumerate(runtime.read_log(tmp_path / "log.csv")):
+    for step, row in enumerate(checkpoints.read_log(tmp_path / "log.csv")):
         loss, norm, _ = bench.optimizer_step(data, runtime.batch_rows(step, B, n_rows, seed), True, model, model,
                                              optimizers, nullcontext(), torch.amp.GradScaler("cpu", enabled=False))
         assert (loss, norm) == pytest.approx((float(row["loss"]), float(row["grad_norm"])), rel=1e-4)

@@ -9,8 +9,8 @@ import sacrebleu
 import torch
 from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
+import checkpoints
 import eval_bleu
-import runtime
 from model import Model, ModelConfig
 
 ALPHABET = ("的一是不了人我在有他这中大来上国小猫狗花" "。，！？、；：“”（）《》——…·" "abcXYZ0123456789" "   \t\n" ".,-'!?;:\"()[]{}<>@#$%&*+/=_~`|\\^"
@@ -74,7 +74,7 @@ def test_empty_answers_score_zero():
 def test_the_script_answers_and_writes_a_table(tok, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     model = Model(ModelConfig(tok.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=32))
-    runtime.save_checkpoint(str(tmp_path / "best.pt"), {
+    checkpoints.save(str(tmp_path / "best.pt"), {
         "stage": "sft", "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
         "tokenizer_sha256": tok.sha256})
     asked = [("你好！", "你好！"), ("一加一是几？\n是 a|b 吗？", "二。"), ("天" * 100, "太长"), ("你是谁？", "我是小助手。"), ("第五", "不问")]

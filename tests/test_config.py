@@ -2,9 +2,13 @@
 import ast
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 import config
 
@@ -54,7 +58,7 @@ def test_without_arguments_the_constants_are_those_of_the_file(override):
 @pytest.mark.parametrize("argument, name, value", [
     ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
     ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
-    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0),
+    ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0), ("--steps=0", "steps", 0),
     ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
     ("--name=从前", "name", "从前")])
 def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
@@ -65,13 +69,29 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
 
 @pytest.mark.parametrize("argument, said", [
     ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"),
-    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "needs a value"),
+    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "write --steps=1000"),
     ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
-    ("--steps=0", "at least 1"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
+    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
+
+
+def test_a_value_behind_a_space_is_answered_with_the_form_that_works(override):
+    assert refused(override, "--name", "明月").endswith("write --name=明月")
+
+
+def test_a_range_is_named_in_the_refusal():
+    config.check_range(1, steps=1, rows=5)
+    config.check_drawing(0.0, 1.0, 1.0)
+    with pytest.raises(SystemExit, match="--rows=0: must be at least 1"):
+        config.check_range(1, steps=1, rows=0)
+    with pytest.raises(SystemExit, match="--share=2: must be between 0 and 1"):
+        config.check_range(0, 1, share=2)
+    for wrong in (1e-300, 1, 1), (1e-38, 1, 1), (1, 0.0, 1), (1, 1.5, 1), (1, 1, 0.0), (1, 1, 1e-300), (float("nan"), 1, 1):
+        with pytest.raises(SystemExit):
+            config.check_drawing(*wrong)
 
 
 def test_a_value_is_never_evaluated(override, tmp_path):
@@ -147,9 +167,118 @@ def test_a_full_disk_ends_in_one_sentence_and_keeps_the_old_file(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 @pytest.mark.parametrize("numbers", [10, 100_000])                       # fails in flush(), and in write() already
 def test_a_checkpoint_on_a_full_disk_ends_in_one_sentence(tmp_path, numbers):
-    torch, runtime = pytest.importorskip("torch"), pytest.importorskip("runtime")
+    torch, checkpoints = pytest.importorskip("torch"), pytest.importorskip("checkpoints")
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
     os.symlink("/dev/full", f"{path}.tmp")
-    assert "disk is full" in refused(runtime.save_checkpoint, str(path), {"x": torch.zeros(numbers)})
+    assert "disk is full" in refused(checkpoints.save, str(path), {"x": torch.zeros(numbers)})
     assert path.read_bytes() == b"old"
+
+
+def script(folder, body, **namespace):
+    """A script with constants and this body, and the command that runs it."""
+    path = folder / "script.py"
+    path.write_text(f'"""A script: 明月."""\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nimport config\n'
+                    "lines = 3      # how many; 照\nconfig.override(globals(), outlives_reader='outlives' in sys.argv[0])"
+                    f"\n{body}", encoding="utf-8")
+    return [sys.executable, str(path)]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "cp1252", "utf-8"])
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_no_character_ends_a_script_whatever_the_encoding_of_its_output(tmp_path, encoding, arguments):
+    command = script(tmp_path, "print('明月 😀 \\ud800', file=sys.stderr)\nprint('明月 😀 \\ud800 the end')")
+    done = subprocess.run([*command, *arguments], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert (b"--lines=3" if arguments else b"the end") in done.stdout
+    assert ("明月".encode(encoding, "backslashreplace")) in done.stdout
+
+
+def test_a_lost_console_ends_nothing(tmp_path):
+    command = script(tmp_path, "print('x', flush=True)\nsys.stdout.flush()\nprint('y', file=sys.stderr)\n"
+                     "try:\n    input()\nexcept EOFError:\n    open('whole', 'w').close()")
+    shell = subprocess.run(["sh", "-c", '"$0" "$1" <&- >&- 2>&-', *command], cwd=tmp_path)
+    assert shell.returncode == 0 and (tmp_path / "whole").exists()
+
+
+@pytest.mark.parametrize("outlives, code", [(False, 141), (True, 0)])
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_script_whose_reader_has_gone_ends_quietly_or_goes_on(tmp_path, outlives, code, flush):
+    command = script(tmp_path, f"for i in range(100_000): print('明月', i, flush={flush})\nopen('whole', 'w').close()")
+    if outlives:
+        command[1] = shutil.copy(command[1], tmp_path / "outlives.py")
+    with open(tmp_path / "err", "wb") as err:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=err)
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == code and (tmp_path / "whole").exists() == outlives
+    assert (tmp_path / "err").read_bytes() == b""
+
+
+def test_the_last_words_of_a_script_may_find_no_reader(tmp_path):
+    command = script(tmp_path, "sys.stdin.read()\nprint('x')")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) in (0, 141)      # 141: unbuffered
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_a_log_on_a_full_disk_ends_a_script_with_a_sentence(tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(script(tmp_path, "for _ in range(9): print('x', flush=True)"), stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "standard output cannot be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- outputs --------------------------------------------------------------------------------------------------------
+
+def outputs(folder):
+    """Paths below the folder that cannot be written."""
+    (folder / "file").write_text("x")
+    (folder / "folder").mkdir()
+    return ["", f"{folder}/folder", f"{folder}/folder/", f"{folder}/file/a", f"{folder}/file/a/b/c", "a\0b",
+            "x" * 300, "/proc/nothing/a"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_and_the_check_leaves_nothing(tmp_path, monkeypatch):
+    bad = outputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for path in bad:
+        assert "--out=" in refused(config.check_output, "out", path), path
+    for path in "a", f"{tmp_path}/a", f"{tmp_path}/new/b/c", "new/b", f"{tmp_path}/file":
+        config.check_output("out", path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+SCRIPTS = [("train_tokenizer.py", "out"), ("prepare_pretrain.py", "data_dir"), ("prepare_sft.py", "data_dir"),
+           ("pretrain.py", "out_dir"), ("sft.py", "out_dir"), ("eval_bleu.py", "out")]
+
+
+@pytest.mark.parametrize("script, name", SCRIPTS)
+def test_a_script_refuses_an_output_before_its_work(tmp_path, script, name):
+    for path in "", f"{outputs(tmp_path / name)[3]}" if not (tmp_path / name).mkdir() else "":
+        done = run(script, tmp_path, f"--{name}={path}")
+        assert done.rc == 1 and f"--{name}=" in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_a_folder_has_one_user_and_an_unused_new_one_vanishes(tmp_path):
+    folder = tmp_path / "new" / "out"
+    body = f"with config.only_user_of('out_dir', {str(folder)!r}):\n    print('in', flush=True)\n    sys.stdin.read()"
+    command = script(tmp_path, body)
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"in\n"
+    second = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert second.returncode == 1 and "another process" in second.stderr and second.stderr.count("\n") == 1
+    first.kill()
+    first.wait()
+    assert subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0            # also after a kill -9
+    with config.only_user_of("out_dir", str(folder)), config.whole_file(str(folder / "a")) as f:
+        f.write("x")
+    assert os.listdir(folder) == ["a"]
+    for path in "", "a\0b", str(folder / "a"):
+        assert "--out_dir=" in refused(config.only_user_of("out_dir", path).__enter__)
+    with config.only_user_of("out_dir", str(tmp_path / "unused")):
+        pass
+    assert not (tmp_path / "unused").exists()

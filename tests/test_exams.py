@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import torch
 
+import checkpoints
 import runtime
 import tokenizer as tokenizers
 from extras import exams, huggingface
@@ -149,7 +150,7 @@ def expected(exam, model, logits_of, tok, is_chat, name, examples, row, shots, b
 
 
 def save(path, model, tok, stage):
-    runtime.save_checkpoint(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+    checkpoints.save(str(path), {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
                                         "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
 
 

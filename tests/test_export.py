@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import dialogue, import_weights, run, story
 
-import runtime
+import checkpoints
 import tokenizer
 import train_tokenizer
 from extras import export
@@ -49,7 +49,7 @@ def exported(tok, tmp_path, monkeypatch):
                                             max_seq_len=96), **options})).eval()
         for p in model.parameters():
             torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
-        runtime.save_checkpoint(str(tmp_path / "best.pt"), {
+        checkpoints.save(str(tmp_path / "best.pt"), {
             "stage": stage, "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
             "tokenizer_sha256": tok.sha256, "step": 1234, "val_loss": 2.34567, "val_bpb": 1.01234,
             "constants": {"muon_lr": 0.00567}})
@@ -122,7 +122,7 @@ def test_the_chat_template_renders_what_sft_trains_on(exported, spaced):
 def test_the_folder_imported_again_is_the_same_model(exported, tok, tmp_path):
     for stage in ("sft", "pretrain"):
         folder, model = exported(stage=stage, **KINDS["Llama scaled"])
-        saved = runtime.load_checkpoint(import_weights(folder, tmp_path / "again.pt"))
+        saved = checkpoints.load(import_weights(folder, tmp_path / "again.pt"))
         assert saved["stage"] == stage and saved["shape"] == vars(model.config)
         assert saved["tokenizer_sha256"] == tok.sha256 == tokenizer.load(saved["tokenizer"]).sha256
         assert all(torch.equal(w, saved["model"][name]) for name, w in model.state_dict().items())
@@ -148,7 +148,7 @@ def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_t
     messages.append({"role": "assistant", "content": "好。"})
     assert again.apply_chat_template(messages, return_dict=False) == tok.render(messages)[0]
     imported = import_weights(folder, tmp_path / "again.pt")
-    assert runtime.load_checkpoint(imported)["tokenizer_sha256"] == tok.sha256
+    assert checkpoints.load(imported)["tokenizer_sha256"] == tok.sha256
     with pytest.raises(SystemExit, match="convert_hf_to_gguf"):
         exported("model.gguf", tok=tok)
 

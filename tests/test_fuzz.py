@@ -26,16 +26,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import checkpoints                                                                           # noqa: E402
 import config                                                                                # noqa: E402
 import corpora                                                                               # noqa: E402
 import prepare_pretrain                                                                      # noqa: E402
 import prepare_sft                                                                           # noqa: E402
 import tokenizer                                                                             # noqa: E402
-from conftest import story, train_tokenizer                                                  # noqa: E402
+from conftest import story, train_tokenizer, write_meta                                      # noqa: E402
 from corpora import CHAT, TEXT, Bad                                                          # noqa: E402
+from model import Model, ModelConfig, make_optimizers                                        # noqa: E402
 
 cases = 400    # how many
 seed  = 1      # of all of them; a case depends on the seed and its own number only
@@ -427,8 +430,65 @@ def prepared_to_fine_tune(rng, folder, toks):
     return reasons
 
 
+def change_inside(rng, value):
+    """Something else in one place of nested dicts and lists; a tensor is a place."""
+    inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not inside or rng.random() < 0.1:
+        return rng.choice([*STRANGE, torch.ones(3), torch.ones(3, dtype=torch.int8), torch.tensor(float("nan"))])
+    key = rng.choice(inside)
+    if rng.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = change_inside(rng, value[key])
+    return value
+
+
+def state_of(folder, tok):
+    """{file: the function that reads it} of a tiny run, undamaged files."""
+    model = Model(ModelConfig(tok.vocab_size, dim=8, n_layers=1, n_heads=2, hidden_dim=8, max_seq_len=16))
+    identity = {**vars(model.config), "seed": 1}
+    checkpoints.save(f"{folder}/last.pt", {
+        "stage": "pretrain", "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
+        "tokenizer_sha256": tok.sha256, "step": 3, "best": 2.5, "skipped": 0, "identity": identity, "constants": {"lr": 0.1},
+        "scaler": {}, "optimizers": [o.state_dict() for o in make_optimizers(model, 0.1, 0.1, 0.1, "float32")]})
+    write_meta(folder, tok, **dict.fromkeys(("train", "val"), {"documents": 1, "tokens": 9, "bytes": 9}),
+               corpora={"a": {"documents": 1, "tokens": 9, "bytes": 9, "dropped": {}}})
+    (folder / "log.csv").write_text(",".join(checkpoints.LOG) + "\n1,64,0.1,2.5,1.0,,\n2,128,0.1,2.4,1.0,2.0,1.0\n")
+    session = {name: kind() for name, kind in checkpoints.SESSION.items()}
+    (folder / "run.json").write_text(json.dumps([session, {**session, "to_step": 9}]))
+
+    def resumed(path):
+        found = checkpoints.open_run(str(folder), True, False, "pretrain", identity)
+        network = Model.from_state(found["shape"], found["model"])
+        checkpoints.restore(found, network, make_optimizers(network, 0.1, 0.1, 0.1, "float32"), torch.amp.GradScaler("cpu"))
+    return {"last.pt": resumed, "log.csv": checkpoints.read_log, "run.json": checkpoints.read_run,
+            "meta.json": lambda path: checkpoints.read_meta(path, tok, "prepare_pretrain.py")}
+
+
+def state_file(rng, folder, toks):
+    """A damaged file of a run's state is read or refused in one sentence."""
+    folder = folder / "state"
+    folder.mkdir(exist_ok=True)
+    readers = state_of(folder, toks[0])
+    name = rng.choice(list(readers))
+    path = folder / name
+    if name == "last.pt" and rng.random() < 0.8:
+        torch.save(change_inside(rng, torch.load(path, weights_only=True)), path)
+    elif name.endswith("json") and rng.random() < 0.8:
+        path.write_text(json.dumps(change_inside(rng, json.loads(path.read_text("utf-8"))), default=str))
+    else:
+        path.write_bytes(mutate(rng, path.read_bytes()))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            readers[name](str(path))
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, str) and name in stopped.code and "\n" not in stopped.code, stopped.code
+        return Counter({f"{name} refused": 1})
+    return Counter(used=1)
+
+
 KINDS = [any_file] * 5 + [one_bad_record] * 4 + [any_text] * 4 + [whole_file] * 2 + [any_dialogue] * 3 + [
-    prepared_to_pretrain, prepared_to_fine_tune]
+    prepared_to_pretrain, prepared_to_fine_tune] + [state_file] * 3
 
 
 def own_tokenizers(folder):

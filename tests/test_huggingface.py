@@ -13,6 +13,7 @@ import transformers
 from conftest import dialogue, import_weights, run, story
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import eval_bleu
 import prepare_pretrain
 import prepare_sft
@@ -248,7 +249,7 @@ def save_model(folder, kind, dtype=torch.float32, tok=None, shards=False, **opti
 
 def loaded(folder):
     """The checkpoint that extras/import_weights.py makes of it."""
-    return runtime.load_checkpoint(import_weights(folder, folder / "best.pt"))
+    return checkpoints.load(import_weights(folder, folder / "best.pt"))
 
 
 def old_layout(folder):
@@ -407,7 +408,7 @@ def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
         monkeypatch.setattr(runtime, "draw_curve", lambda out_dir, title: "no curve")
         monkeypatch.setattr(runtime, "StopRequest", lambda: False)
         stage.main()
-        return [float(row["loss"]) for row in runtime.read_log(f"{tmp_path}/out/log.csv")]
+        return [float(row["loss"]) for row in checkpoints.read_log(f"{tmp_path}/out/log.csv")]
     return call
 
 
@@ -418,7 +419,7 @@ BOTH = pytest.mark.parametrize("stage", [pretrain, sft], ids=["pretrain", "sft"]
 def test_training_goes_on_from_an_imported_model_on_short_rows(train, tmp_path, tok, folder, stage, capsys):
     log = train(stage, tokenizer=str(folder))
     assert "400 tokens = 5 rows of 80" in capsys.readouterr().out
-    best, before = runtime.load_checkpoint(f"{tmp_path}/out/best.pt"), runtime.load_checkpoint(f"{folder}/best.pt")
+    best, before = checkpoints.load(f"{tmp_path}/out/best.pt"), checkpoints.load(f"{folder}/best.pt")
     assert best["shape"] == before["shape"] and best["shape"]["max_seq_len"] == 131_072
     moved = [(w - before["model"][name]).abs().max().item() for name, w in best["model"].items()]
     assert 0 < max(moved) < 0.2 and log[-1] < log[0]                     # it started there, and went on
@@ -585,7 +586,7 @@ def imported(tmp_path, tok):
                                            ("module.", dict(n_kv_heads=1)), ("_orig_mod.module.", dict(n_kv_heads=4))])
 def test_logits_are_those_of_a_naive_baby_llama2(imported, tok, prefix, sizes):
     weights, n_heads = baby_llama2(tok.vocab_size, **sizes), sizes.get("n_heads", 4)
-    saved = runtime.load_checkpoint(imported({prefix + name: w for name, w in weights.items()}, n_heads=n_heads))
+    saved = checkpoints.load(imported({prefix + name: w for name, w in weights.items()}, n_heads=n_heads))
     assert saved["stage"] == "sft" and saved["shape"]["n_kv_heads"] == sizes.get("n_kv_heads", 2)
     assert saved["shape"]["tie_embeddings"] and saved["tokenizer_sha256"] == tok.sha256
     ids = torch.randint(tok.vocab_size, (40,), generator=torch.Generator().manual_seed(1))

@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import checkpoints                                                                           # noqa: E402
 import config                                                                                # noqa: E402
 import conftest                                                                              # noqa: E402
 import runtime                                                                               # noqa: E402
@@ -221,7 +222,7 @@ def test_a_second_ctrl_c_quits_in_the_middle_of_the_step(prepared, tmp_path, who
     done = conftest.run("pretrain.py", prepared, *ALONE[2:], f"--out_dir={tmp_path}/out", code=TWO_SIGNALS)
     assert done.rc == 130 and "Traceback" not in done.err
     assert done.err.index("stopping after this step") < done.err.index("stopped at once")
-    assert runtime.load_checkpoint(f"{tmp_path}/out/last.pt")["step"] == 4
+    assert checkpoints.load(f"{tmp_path}/out/last.pt")["step"] == 4
     run([*ALONE, f"--out_dir={tmp_path}/out", "--resume"], prepared)
     assert final_state(tmp_path / "out") == whole
 
@@ -253,7 +254,7 @@ def test_training_on_a_full_disk_ends_in_one_sentence_and_resumes_exactly(prepar
     full = conftest.run("pretrain.py", prepared, *command)
     assert killed.rc == 130 and full.rc == 1 and "disk is full" in full.err and "Traceback" not in full.err, full.err
     assert not list((small_disk / "out").glob("*.tmp")) and (small_disk / "out/last.pt").read_bytes() == before
-    assert runtime.load_checkpoint(f"{small_disk}/out/last.pt")["step"] == 4
+    assert checkpoints.load(f"{small_disk}/out/last.pt")["step"] == 4
     ballast.unlink()
     assert conftest.run("pretrain.py", prepared, *command).rc == 0
     assert final_state(small_disk / "out") == whole

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, run
 from test_interrupt import family, final_state
 
-import runtime
+import checkpoints
 
 SETTINGS = ["--tokenizer=tok.model", "--data_dir=bins", "--out_dir=out", "--dim=32", "--n_layers=2", "--n_heads=2",
             "--max_seq_len=32", "--batch_tokens=160", "--micro_batch=2", "--max_steps=12", "--warmup=0.17",
@@ -198,7 +198,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(machine, rank):
     [done] = ended([node], seconds=60)
     assert done.rc != 0 and "Signal 9" in done.said
     assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
-    assert runtime.load_checkpoint(str(node.folder / "out/last.pt"))["step"] >= 6
+    assert checkpoints.load(str(node.folder / "out/last.pt"))["step"] >= 6
 
 
 def test_workers_do_not_outlive_their_torchrun(machine):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-import runtime
+import checkpoints
 from conftest import run
 
 SMALL = ["--batch_tokens=320", "--micro_batch=5", "--warmup=0.4", "--device=cpu", "--dtype=float32", "--tokenizer=tok.model"]
@@ -79,8 +79,8 @@ def test_a_score_is_shown_beside_the_checkpoint_that_it_belongs_to_only(folder, 
     shutil.copytree(folder / "out/sft", tmp_path / "run")
     (tmp_path / "tok.model").write_bytes((folder / "tok.model").read_bytes())
     best = tmp_path / "run/best.pt"
-    saved = runtime.load_checkpoint(str(best))
-    runtime.save_checkpoint(str(best), {**saved, "step": 99})
+    saved = checkpoints.load(str(best))
+    checkpoints.save(str(best), {**saved, "step": 99})
     now = hashlib.sha256(best.read_bytes()).hexdigest()[:8]
     (tmp_path / "run/ceval_val.md").write_text(f"run/best.pt ({now}): C-Eval val, 25.0 %\n\nmore\n", "utf-8")
     (tmp_path / "run/notes.md").write_bytes("笔记：BLEU 99".encode("gbk"))
@@ -91,7 +91,7 @@ def test_a_score_is_shown_beside_the_checkpoint_that_it_belongs_to_only(folder, 
         return (tmp_path / "run/report.md").read_text("utf-8").split("\n## ")[0]
     assert f"- run/best.pt ({now}): C-Eval val, 25.0 % ([ceval_val.md](ceval_val.md))\n" in scores()
     assert "BLEU" not in scores() and "[bleu.md](bleu.md) scores another checkpoint" in scores()
-    runtime.save_checkpoint(str(best), {**saved, "step": 100})
+    checkpoints.save(str(best), {**saved, "step": 100})
     assert "25.0" not in scores() and "[ceval_val.md](ceval_val.md) scores another checkpoint" in scores()
 
 
@@ -133,8 +133,8 @@ def test_either_stage_may_be_missing(folder, tmp_path):
 
 
 def test_a_checkpoint_without_a_run_is_refused(folder, tmp_path):
-    saved = runtime.load_checkpoint(str(folder / "out/sft/best.pt"))
-    runtime.save_checkpoint(str(tmp_path / "best.pt"), {name: saved[name] for name in saved if name != "val_bpb"})
+    saved = checkpoints.load(str(folder / "out/sft/best.pt"))
+    checkpoints.save(str(tmp_path / "best.pt"), {name: saved[name] for name in saved if name != "val_bpb"})
     done = run("extras.report", folder, "--pretrain_dir=", f"--sft_dir={tmp_path}")
     assert done.rc == 1 and done.err.count("\n") == 1 and "nothing to report" in done.err
 

@@ -7,7 +7,7 @@ import torch
 from conftest import run
 
 import config
-import runtime
+from checkpoints import save
 import sample
 from model import Model, ModelConfig, generate
 
@@ -25,7 +25,7 @@ def checkpoints(tok, tmp_path_factory):
     folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
     for stage in ("pretrain", "sft"):
         paths[stage] = str(folder / f"{stage}.pt")
-        runtime.save_checkpoint(paths[stage], {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+        save(paths[stage], {"stage": stage, "model": model.state_dict(), "shape": vars(model.config),
                                                "tokenizer": tok.name, "tokenizer_sha256": tok.sha256})
     return paths, model
 
@@ -202,7 +202,7 @@ def test_a_prompt_file_that_cannot_be_read_ends_in_one_sentence(say, tmp_path):
             say("pretrain", prompt_file=str(tmp_path / name))
 
 
-@pytest.mark.parametrize("argument", ["--temperature=-1", "--top_k=-1", "--top_p=0", "--top_p=-0.5",
+@pytest.mark.parametrize("argument", ["--temperature=-1", "--temperature=1e-300", "--temperature=1e-38", "--top_k=-1", "--top_p=0", "--top_p=-0.5",
                                       "--max_new_tokens=0", "--max_new_tokens=-3", "--repetition_penalty=0",
                                       "--repetition_penalty=-1", "--n_samples=0"])
 def test_a_constant_that_cannot_work_is_refused(say, argument):

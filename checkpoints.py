@@ -1,0 +1,359 @@
+"""What a run reads and writes: meta.json and the bins, checkpoints, log.csv and run.json.
+
+All of it is checked here, at the door: what is damaged, foreign or of another run is refused in one
+sentence, so that no other file has to expect it.
+"""
+import csv
+import hashlib
+import json
+import math
+import os
+import zipfile
+import zlib
+from dataclasses import MISSING, fields
+
+import numpy as np
+import torch
+
+import config
+import tokenizer as tokenizers
+from model import Model, ModelConfig
+
+FORMAT = 1                     # of checkpoints and bins; others are rejected
+COUNTS = {"prepare_pretrain.py": ("documents", "tokens", "bytes"),
+          "prepare_sft.py": ("examples", "tokens", "targets")}
+CHECKPOINT = {"stage": str, "model": dict, "shape": dict, "tokenizer": str, "tokenizer_sha256": str}
+RESUMABLE = {"step": int, "best": float, "skipped": int, "identity": dict, "constants": dict,
+             "optimizers": list, "scaler": dict}
+OPTIONAL = {**RESUMABLE, "val_loss": float, "val_bpb": float}
+SHAPE = {field.name: field for field in fields(ModelConfig)}
+FIRST_SHAPE = "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim max_seq_len".split()
+LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float,
+       "val_loss": float, "val_bpb": float}
+SESSION = {"from_step": int, "to_step": int, "seconds": float, "timed_tokens": int,
+           "timed_seconds": float, "date": str, "torch": str, "device": str, "memory": str}
+
+
+def is_a(value, kind):
+    """Whether a value is of this type; whole numbers are floats, too, and truth values are not."""
+    if kind is int:
+        return type(value) is int and 0 <= value < 1 << 62
+    if kind is float:
+        return type(value) is int or type(value) is float and not math.isnan(value)
+    return isinstance(value, kind)
+
+
+def has(table, kinds):
+    """The first name of `kinds` whose value in the table is missing or of another type, or None."""
+    return next((name for name, kind in kinds.items() if not is_a(table.get(name), kind)), None)
+
+
+# -----------------------------------------------------------------------------------------------
+# the data
+
+def read_meta(path, tokenizer, made_by):
+    """meta.json beside the bins of `made_by`.
+
+    SystemExit if it is missing, damaged, of another script or format, or belongs to another
+    tokenizer.
+    """
+    again = f"run python {made_by} again"
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: not there; run python {made_by} first")
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+    except (OSError, ValueError, RecursionError):
+        raise SystemExit(f"{path}: not a whole JSON file; {again}") from None
+    needed = {"format": int, "tokenizer": str, "tokenizer_sha256": str, "train": dict, "val": dict}
+    meta = {"corpora": {}, "crc32": {}, **meta} if isinstance(meta, dict) else {}
+    if wrong := has(meta, {**needed, "corpora": dict, "crc32": dict}):
+        raise SystemExit(f"{path}: not what {made_by} writes, its {wrong!r} is wrong; {again}")
+    if meta["format"] != FORMAT:
+        raise SystemExit(f"{path}: format {meta['format']}, this code reads {FORMAT}; {again}")
+    for name, row in {"train": meta["train"], "val": meta["val"], **meta["corpora"]}.items():
+        if not isinstance(row, dict) or (wrong := has(row, dict.fromkeys(COUNTS[made_by], int))):
+            raise SystemExit(f"{path}: not what {made_by} writes, {name!r} has no number of "
+                             f"{wrong if isinstance(row, dict) else 'tokens'}; {again}")
+    if meta["tokenizer_sha256"] != tokenizer.sha256:
+        made_with = f"{meta['tokenizer']} ({meta['tokenizer_sha256'][:8]})"
+        raise SystemExit(f"{path}: made with {made_with}, but {tokenizer.name} is "
+                         f"{tokenizer.sha256[:8]}; {again}, or name the other with --tokenizer=")
+    return meta
+
+
+def open_bin(path, dtype, length, meta, made_by, below=None):
+    """A flat array of `length` numbers on disk, read where it is touched.
+
+    SystemExit if its length or its checksum is not what meta.json says, or if a number in it is not
+    below `below`. Bins made before there were checksums have none.
+    """
+    again, expected = f"run python {made_by} again", length * np.dtype(dtype).itemsize
+    found = os.path.getsize(path) if os.path.isfile(path) else "missing"
+    if found != expected:
+        raise SystemExit(f"{path}: {found}, where meta.json says {expected} bytes; {again}")
+    data, crc = np.memmap(path, dtype, "r") if length else np.zeros(0, dtype), 0
+    for at in range(0, length, 1 << 24):
+        part = data[at:at + (1 << 24)]
+        crc = zlib.crc32(part, crc)
+        if below and (largest := part.max()) >= below:
+            raise SystemExit(f"{path}: holds {largest}, and all must be below {below:,}; {again}")
+    if meta["crc32"].get(os.path.basename(path), crc) != crc:
+        raise SystemExit(f"{path}: damaged, its checksum is not that of meta.json; {again}")
+    return data
+
+
+def data_hash(meta):
+    """A short text that differs between two preparations of data; "" where there are no checksums."""
+    sums = sorted((name, crc) for name, crc in meta["crc32"].items() if "test" not in name)
+    return f"{zlib.crc32(json.dumps(sums).encode()):08x}" if sums else ""
+
+
+# -----------------------------------------------------------------------------------------------
+# checkpoints
+
+def save(path, state):
+    with config.whole_file(path, "wb") as f:
+        torch.save({"format": FORMAT, **state}, f)
+
+
+def load(path, device="cpu"):
+    """The dict that save() wrote.
+
+    SystemExit if it is missing, damaged, of another format, or no model that can work.
+    weights_only: a checkpoint from elsewhere holds tensors and plain values, but no code that runs.
+    """
+    if os.path.isdir(path):
+        raise SystemExit(f"{path}: a folder, not a checkpoint; `python -m extras.import_weights "
+                         f"--source={path}` makes one of a Hugging Face folder")
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
+    try:
+        with zipfile.ZipFile(path) as archive:                # PyTorch does not look at the sums
+            if archive.testzip():
+                raise ValueError
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                # a damaged file raises almost anything
+        reason = "it holds more than tensors and plain values" if "weights_only" in str(error) else \
+            "not whole"
+        raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
+    if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
+        raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
+    try:
+        check(state)
+    except ValueError as error:
+        raise SystemExit(f"{path}: refused: {error}; take another checkpoint") from None
+    return state
+
+
+def check(state):
+    """Complete the shape of a checkpoint's network; ValueError if something in it cannot be."""
+    there = {name: kind for name, kind in OPTIONAL.items() if name in state}
+    if wrong := has(state, {**CHECKPOINT, **there}):
+        raise ValueError(f"its {wrong!r} is missing or wrong")
+    shape, weights = state["shape"], state["model"]
+    if unknown := shape.keys() - SHAPE:
+        raise ValueError(f"its network has a {min(map(str, unknown))!r}, which this code does not know")
+    for name in {**dict.fromkeys(FIRST_SHAPE), **shape}:
+        kind = {dict: (dict, type(None))}.get(SHAPE[name].type, (SHAPE[name].type,))
+        if not any(is_a(shape.get(name, MISSING), one) for one in kind):
+            raise ValueError(f"the {name} of its network is {shape.get(name, 'missing')!r}")
+    if shape["n_layers"] > len(weights) or shape["max_seq_len"] > 1 << 24:
+        raise ValueError(f"its network of {shape['n_layers']} layers for {shape['max_seq_len']} "
+                         f"tokens cannot be one of {len(weights)} weights")
+    if any(not is_a(number, float) for number in (shape.get("rope_scaling") or {}).values()):
+        raise ValueError(f"the rope_scaling of its network is {shape['rope_scaling']}")
+    with torch.device("meta"):                                # the shapes without the memory
+        network = Model(ModelConfig(**shape))
+    expected = network.state_dict()
+    if differ := expected.keys() ^ weights.keys():
+        name = min(map(str, differ))
+        raise ValueError(f"the weight {name} is {'missing' if name in expected else 'unknown'}")
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise ValueError(f"the weight {name} is not of floating-point numbers")
+        if weight.shape != expected[name].shape:
+            raise ValueError(f"the weight {name} is {tuple(weight.shape)}, and its network has "
+                             f"{tuple(expected[name].shape)}")
+        if not is_finite(weight):
+            raise ValueError(f"the weight {name} is not finite")
+    state["shape"] = vars(network.config)                     # constants that came later: defaults
+
+
+def is_finite(tensor):
+    """Whether all numbers are finite; the extremes are NaN if any is, and cost less than isfinite()."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def fingerprint(path):
+    """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:8]
+
+
+def load_with_tokenizer(path, tokenizer=""):
+    """The checkpoint of load() and its tokenizer: that at `tokenizer`, or where the checkpoint says.
+
+    SystemExit if it is not the one that the model was trained with.
+    """
+    saved = load(path)
+    tok = tokenizers.load(tokenizer or saved["tokenizer"])
+    if tok.sha256 != saved["tokenizer_sha256"]:
+        raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is "
+                         f"not {tok.name}")
+    return saved, tok
+
+
+def read_constants(path, constants):
+    """The constants that the run of a last.pt had, those of them that still are of the same type.
+
+    Where and how this process was started is no part of them. None are found in a damaged file,
+    which open_run() refuses.
+    """
+    try:
+        earlier = torch.load(path, weights_only=True, mmap=True)["constants"]      # reads no weights
+        return {name: value for name, value in earlier.items()
+                if name not in ("out_dir", "resume", "overwrite") and type(value) is type(constants.get(name))}
+    except Exception:
+        return {}
+
+
+def open_run(out_dir, resume, overwrite, stage, identity):
+    """The checkpoint to go on with, or None to start anew.
+
+    identity: what makes a run this one, {name: value}: the model's shape, the tokenizer, the data
+    and their order. SystemExit rather than lose a run or mix two.
+    """
+    path = f"{out_dir}/last.pt"
+    if not os.path.exists(path):
+        if resume:
+            print(f"{path}: not there yet, nothing to resume; starting at step 0", flush=True)
+        return None
+    if not resume and not overwrite:
+        raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts beside "
+                         "it, --overwrite starts anew in its place")
+    if not resume:
+        return None
+    saved = load(path)
+    if saved["stage"] != stage or "optimizers" not in saved:
+        best = ", as best.pt" * ("optimizers" not in saved)
+        raise SystemExit(f"{path}: made by {saved['stage']}.py{best}; only the last.pt of "
+                         f"{stage}.py can be resumed here")
+    if wrong := has(saved, RESUMABLE):
+        raise SystemExit(f"{path}: cannot be resumed, its {wrong!r} is missing or wrong")
+    # a constant that is younger than the run had its default; younger checks are left out
+    then = {**identity, **{name: field.default for name, field in SHAPE.items()}, **saved["identity"]}
+    if differ := [f"{name} (then {then[name]}, now {value})" for name, value in identity.items()
+                  if repr(then[name]) != repr(value)]:         # it may hold anything, tensors too
+        raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
+                         "constants and the data that it had")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"going on with {path} from step {saved['step']}", flush=True)
+    return saved
+
+
+def restore(saved, model, optimizers, scaler):
+    """Put a saved run's state back; returns (steps done, best validation loss, steps skipped).
+
+    That is all there is: the order of the data is a function of the step, and nothing else is
+    random in training.
+    """
+    if saved is None:
+        return 0, math.inf, 0
+    model.load_state_dict(saved["model"])
+    if len(optimizers) != len(saved["optimizers"]):
+        raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
+                         "give muon_lr as then")
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        rates = [{name: value for name, value in group.items() if name != "params"}
+                 for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(state)
+            fits = all(v.shape in (p.shape, ()) and is_finite(v)
+                       for p, moments in optimizer.state.items() for v in moments.values())
+        except Exception:                                     # it looks at nothing before use
+            fits = False
+        if not fits:
+            raise SystemExit("last.pt: refused: the state of its optimizer does not fit its network")
+        for group, constants in zip(optimizer.param_groups, rates):
+            group.update(constants)            # keep the current rates, restore the moments
+    if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
+        wrong = has(saved["scaler"], {"scale": float, "growth_factor": float, "backoff_factor": float,
+                                      "growth_interval": int, "_growth_tracker": int})
+        if wrong:
+            raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
+        scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["best"], saved["skipped"]
+
+
+def refuse_to_save_nan(model, step, out_dir):
+    """SystemExit, on every process, if a weight is no longer finite: last.pt then still is."""
+    if not all(is_finite(w.detach()) for w in model.parameters()):
+        raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was saved: "
+                         f"--resume goes on from {out_dir}/last.pt, with a lower learning rate for "
+                         "instance")
+
+
+# -----------------------------------------------------------------------------------------------
+# the log
+
+class Log:
+    """log.csv, a row per step, written by the main process; after resuming no step is there twice."""
+
+    def __init__(self, path, last_step, process):
+        self.file = None
+        if process.is_main:
+            kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
+            with config.whole_file(path) as f:
+                writer = csv.DictWriter(f, LOG, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept)
+            self.file = open(path, "a", encoding="utf-8", newline="")
+            self.writer = csv.DictWriter(self.file, LOG, lineterminator="\n")
+
+    def row(self, **values):
+        if self.file:
+            with config.disk_space(self.file.name):
+                self.writer.writerow(values)
+
+    def flush(self):
+        """Bring the rows to the disk: before a checkpoint, so that the log is never behind it."""
+        if self.file:
+            with config.disk_space(self.file.name):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+
+def read_log(path):
+    """The rows of a log.csv as dicts of strings.
+
+    Left out are a last line that was being written when the run died, and whatever is no row.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", errors="replace", newline="") as f:
+        text = f.read()
+    rows = []
+    for line in text[:text.rfind("\n") + 1].splitlines()[1:]:
+        cells = line.split(",")                               # there are only numbers
+        try:
+            for cell, (name, kind) in zip(cells, LOG.items()):
+                if cell or not name.startswith("val_"):
+                    kind(cell)
+        except ValueError:
+            continue
+        if len(cells) == len(LOG) and int(cells[0]) > 0:
+            rows.append(dict(zip(LOG, cells)))
+    return rows
+
+
+def read_run(path, last_step=math.inf):
+    """The sessions in a run.json that ended at last_step or before; none if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            sessions = json.load(f)
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [session for session in sessions if isinstance(session, dict)
+            and not has(session, SESSION) and session["to_step"] <= last_step] \
+        if isinstance(sessions, list) else []
