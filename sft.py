@@ -273,7 +273,6 @@ def main():
 
 
 if __name__ == "__main__":
-    with runtime.ending_together(), runtime.memory_advice(globals()):
-        main()
+    with runtime.ending_together(), runtime.memory_advice(globals()), runtime.only_run_in(out_dir):
         code = main()
     raise SystemExit(code)
