@@ -117,7 +117,8 @@ def answer_all(model, tok, prompts):
 def main():
     config.check_range(1, batch_size=batch_size, max_new_tokens=max_new_tokens)
     config.check_drawing(temperature, repetition_penalty=repetition_penalty)
-    config.check_output("out", out)
+    page = out or os.path.join(os.path.dirname(checkpoint), "bleu.md")
+    config.check_output("out", page)
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()
     where = runtime.start(device).device
@@ -141,7 +142,6 @@ def main():
     summary = (f"BLEU-4 {bleu(sums):.2f} on {len(rows)} questions; mean sentence BLEU {sum(scores) / len(rows):.2f}; "
                f"length ratio {sums[0] / max(1, sums[1]):.3f}; {exact} answers equal to the reference")
     cell = lambda text: text.replace("|", "\\|").replace("\n", "<br>")
-    page = out or os.path.join(os.path.dirname(checkpoint), "bleu.md")
     with config.whole_file(page) as f:               # report.py compares the fingerprint
         f.write(f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): {summary}\n\n| question | reference | answer | BLEU |\n|---|---|---|---|\n")
         for (question, reference, answer), score in zip(rows, scores):

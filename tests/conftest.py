@@ -122,7 +122,7 @@ def run(script, cwd, *args, stdin="", torchrun=0, code=None, timeout=200):
 
     torchrun: with this many processes; code: Python that runs before it.
     """
-    is_script = script.endswith(".py")
+    is_script = str(script).endswith(".py")
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--rdzv_backend=c10d",
