@@ -20,6 +20,7 @@ To add a data set of news as {"headline": "...", "body": "...", "tags": ["...", 
 A function raises Bad("reason") to drop a record. Any other exception drops it, too, and is counted.
 """
 import difflib
+import json
 import re
 from typing import Callable, NamedTuple
 
@@ -176,31 +177,41 @@ def zhihu_text(record):
 ROLES = {"system": "system",
          "user": "user", "human": "user", "client": "user", "prompter": "user", "问": "user",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-         "counselor": "assistant", "model": "assistant", "答": "assistant"}
+         "counselor": "assistant", "model": "assistant", "答": "assistant", "developer": "system",
+         # calls of a tool are the assistant's, their results take the place of the user's turns
+         "function_call": "assistant", "observation": "user", "tool": "user", "function": "user"}
 
 
 def dialogue(turns):
     """[(role, content)] -> [{"role", "content"}]: perhaps system, then user and assistant in turn.
 
-    A last turn of the user is left off. Raises Bad with the reason if the rest does not fit.
+    A third item that is False makes {"train": False}: no loss on this answer. An answer before the
+    first question and a last turn of the user are left off, empty system texts as well. Raises Bad
+    with the reason if the rest does not fit.
     """
-    messages = []
-    for role, content in turns:
+    system, messages = [], []
+    for role, content, *train in turns:
         role = ROLES.get(role.lower() if isinstance(role, str) else None)
         content = normalise(content)
-        n_turns = sum(message["role"] != "system" for message in messages)
         if role is None:
             raise Bad("unknown role")
-        if role != ("user", "assistant")[n_turns % 2] and not (role == "system" and not messages):
+        if "\ufffd" in content:
+            raise Bad("broken characters")
+        if role == "system" and not messages:
+            system += [content] if content and content not in system else []
+        elif role == ("user", "assistant")[len(messages) % 2]:
+            if not content:
+                raise Bad("empty turn")
+            messages.append({"role": role, "content": content})
+            if train == [False] and role == "assistant":
+                messages[-1]["train"] = False
+        elif messages or role == "system":
             raise Bad("roles do not alternate")
-        if not content:
-            raise Bad("empty turn")
-        messages.append({"role": role, "content": content})
-    if messages and messages[-1]["role"] == "user":
+    if len(messages) % 2:
         messages.pop()
-    if not messages or messages[-1]["role"] == "system":
+    if not messages:
         raise Bad("no answer")
-    return messages
+    return [{"role": "system", "content": "\n".join(system)}] * bool(system) + messages
 
 
 def pair(question, answer):
@@ -214,7 +225,12 @@ def pair(question, answer):
 @corpus(CHAT, "medical_qa", *TEXT["medical_qa"][1:3])
 def alpaca(record):
     instruction = joined(field(record, "instruction"), optional(record, "input"))
-    answer = field(record, "output")
+    answer, history = field(record, "output"), []
+    for question, reply in objects(record, "history", list):
+        history += [("user", question), ("assistant", reply)]
+    if history or optional(record, "system"):
+        return dialogue([("system", optional(record, "system")), *history,
+                         ("user", instruction), ("assistant", answer)])
     # BELLE's multi-turn records hold the dialogue so far: "Human:...\nAssistant:...\nHuman:..."
     start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", instruction)
     if start.strip() or not parts:
@@ -251,13 +267,28 @@ def zhihu_chat(record):
 @corpus(CHAT, "smoltalk", "SmolTalk: English dialogues; Apache-2.0",
         HF + "HuggingFaceTB/smoltalk --local-dir data/smoltalk")
 def conversation(record):
-    turns = objects(record, "conversations") or objects(record, "messages")
-    if not turns:
+    if isinstance(record, list):                      # SMILE: the turns and nothing around them
+        record = {"messages": record}
+    turns = [("system", optional(record, "system"))]
+    for turn in objects(record, "conversations") or objects(record, "messages"):
+        train = turn.get("weight") != 0 and turn.get("train") is not False
+        turns.append((turn.get("from", turn.get("role")), content_of(turn), train))
+    for turn in objects(record, "conversation"):
+        turns += [("user", optional(turn, "human")), ("assistant", optional(turn, "assistant"))]
+    if len(turns) == 1:
         raise Bad("no conversation")
-    system = [("system", optional(record, "system"))] if optional(record, "system") else []
-    return dialogue(system + [(turn.get("from", turn.get("role")),
-                               optional(turn, "value") or optional(turn, "content"))
-                              for turn in turns])
+    return dialogue(turns)
+
+
+def content_of(turn):
+    """The text of a turn: a string, a list of parts with `text`, or the call of a tool."""
+    parts = objects(turn, "content")
+    if any(part.get("type", "text") != "text" for part in parts):
+        raise Bad("not only text")
+    text = optional(turn, "value") or optional(turn, "content") or joined(
+        *(optional(part, "text") for part in parts))
+    call = turn.get("tool_calls") or turn.get("function_call")
+    return text or (json.dumps(call, ensure_ascii=False) if call else "")
 
 
 # ---- corpora of a command line -------------------------------------------------------------------
@@ -268,7 +299,7 @@ def sources(spec, table):
     table: TEXT or CHAT. Raises SystemExit with one sentence for an unknown name or missing files.
     """
     found = []
-    for part in filter(None, map(str.strip, spec.split(","))):
+    for part in filter(None, map(str.strip, re.split(r",(?=\s*\w+:|\s*$)", spec))):
         name, colon, path = part.partition(":")
         if name not in table or not path:
             near = difflib.get_close_matches(name, table, n=1)
@@ -277,7 +308,8 @@ def sources(spec, table):
                              f"names {', '.join(table)}{hint}")
         files = files_at(path)
         if not files:
-            raise SystemExit(f"{path}: no such file, or a folder without data. {name} is "
+            hint = "; write name:path for every part" if "," in path else ""
+            raise SystemExit(f"{path}: no such file, or a folder without data{hint}. {name} is "
                              f"{table[name].what}. To get it: {table[name].get}")
         if part in [corpus for corpus, _, _ in found]:
             raise SystemExit(f"corpora: {part} is listed twice")

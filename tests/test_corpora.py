@@ -1,10 +1,17 @@
 """Readers, data sets, cleaning and quality: what goes in is used or counted, and ordinary text stays as it is."""
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import random
 import re
+import subprocess
+import sys
+import tarfile
+import time
 import unicodedata
+import zipfile
 from collections import Counter
 
 import pytest
@@ -13,7 +20,7 @@ import cleaning
 import corpora
 import readers
 from cleaning import clean, normalise, quality
-from conftest import story
+from conftest import ROOT, story
 from corpora import CHAT, TEXT, Bad, dialogues, documents
 from readers import records
 
@@ -131,6 +138,102 @@ def test_csv_with_bad_bytes_short_rows_and_an_open_quote(tmp_path):
     assert read(write(tmp_path / "empty.csv", b"")) == ([], []) == read(write(tmp_path / "head.csv", b"ask,answer\n"))
 
 
+PASSAGE = "这是一段普通的文字，里面有常见的字和标点。他说：“我们明天去学校看书吧！”"
+TRADITIONAL = "這是一段普通的文字，裡面有常見的字和標點。他說：「我們明天去學校看書吧！」"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk", "gb18030", "utf-16", "utf-16-le", "utf-16-be", "big5"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_every_format_in_every_encoding_and_compression(tmp_path, encoding, packed):
+    text = TRADITIONAL if encoding == "big5" else PASSAGE
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    if packed == ".zst":
+        compress[".zst"] = pytest.importorskip("zstandard").compress
+    row = {"prompt": text, "response": text[::-1]}
+    forms = {"a.jsonl": (dump(row) + "\n") * 9, "a.json": dump([row] * 9), "b.json": dump([row] * 9, indent=2),
+             "a.csv": "prompt,response\n" + f"{text},{text[::-1]}\n" * 9, "a.txt": (text + "\n") * 9}
+    for name, content in forms.items():
+        path = write(tmp_path / (name + packed), compress[packed](content.encode(encoding)))
+        assert read(path) == ([text if name == "a.txt" else row] * 9, []), name
+    assert len(readers.files_at(str(tmp_path))) == 5
+
+
+def test_a_few_bad_bytes_do_not_change_the_encoding_and_drop_their_dialogue_only(tmp_path):
+    rows = [dump({"prompt": f"{i}：{PASSAGE}", "response": PASSAGE}).encode() for i in range(9)]
+    rows[3] = rows[3].replace("学校".encode(), b"\xe5\xad")
+    found = [d for _, d in dialogues("prompt:" + write(tmp_path / "a.jsonl", b"\n".join(rows)))]
+    assert str(found[3]) == "broken characters" and sum(isinstance(d, list) for d in found) == 8
+    found = list(dialogues("prompt:" + write(tmp_path / "b.csv", "prompt,response\nçà et là,déjà vu à l'été\n".encode("latin-1"))))
+    assert [str(d) for _, d in found] == ["broken characters"]
+
+
+def test_archives_and_binary_files_are_refused_by_name(tmp_path):
+    inner = write(tmp_path / "inner.jsonl", "\n".join(map(dump, DOCS)))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.write(inner)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as file:
+        file.add(inner, "文件.jsonl")
+    for name, kind in {"a.zip": "zip archive", "a.tar.gz": "tar archive"}.items():
+        assert read(tmp_path / name) == ([], [f"{kind}, not text: unpack or convert it first"])
+    for data in random.Random(0).randbytes(9999), bytes(9999), bytes(range(256)) * 9:
+        assert read(write(tmp_path / "a.txt", data)) == ([], ["binary file, not text: unpack or convert it first"])
+
+
+def test_csv_rows_of_another_length_and_an_open_quote_spoil_themselves_only(tmp_path):
+    rows = ["问一,答一", '问二,"答二', "问三,答三", "问四,答四,多余", "问五,答五,,", "只有问", "问六,答六"]
+    kept, reasons = read(write(tmp_path / "a.csv", "\n".join(["prompt,answer", *rows])))
+    assert [tuple(row.values()) for row in kept] == [(f"问{n}", f"答{n}") for n in "一三五六"]
+    assert reasons == ["broken CSV"] * 3
+    many = "a,b\n" + 'x"y,"z\n' * 3000                                   # each row opens a quote again
+    kept, reasons = read(write(tmp_path / "b.csv", many))
+    assert kept == [] and reasons and set(reasons) == {"broken CSV"}
+
+
+def test_an_open_quote_in_a_large_file_costs_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_CELL", 1000)
+    rows = [f"问{i},答{i}" for i in range(999)]
+    rows[5] = '问5,"答5'
+    kept, reasons = read(write(tmp_path / "a.csv", "\n".join(["prompt,answer", *rows])))
+    assert [row["prompt"] for row in kept] == [f"问{i}" for i in range(999) if i != 5] and reasons == ["broken CSV"]
+
+
+@pytest.mark.parametrize("data, n", [(dump(DOCS)[:-1], 7), ("[", 0), ("[\n" + dump(DOCS[0]) + ",", 1)])
+def test_an_array_without_its_end_is_counted(tmp_path, data, n):
+    assert read(write(tmp_path / "a.json", data)) == (DOCS[:n], ["JSON array without an end"])
+
+
+@pytest.mark.parametrize("unit", ['{"a":}{', '{"a":\n', '{"a":'])
+def test_files_of_nothing_but_broken_json_take_linear_time(tmp_path, unit):
+    start = time.process_time()
+    kept, reasons = read(write(tmp_path / "a.json", unit * 100_000))
+    assert not kept and reasons and time.process_time() - start < 20
+
+
+def test_a_compressed_bomb_is_read_in_small_memory(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    line = dump({"text": "字" * 20}).encode() + b"\n"
+    data = {"a.jsonl.zst": zstandard.compress, "a.jsonl.gz": gzip.compress, "a.jsonl.bz2": bz2.compress}
+    for name, compress in data.items():
+        path = write(tmp_path / name, compress(line * 1_000_000))          # 0.1 GB in a few KB
+        code = (f"import readers, resource\nn = sum(1 for _ in readers.records({path!r}))\n"
+                "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        n, kilobytes = map(int, out.split())
+        assert n == 1_000_000 and kilobytes < 150_000, name
+
+
+def test_parquet_without_dates_and_times(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    far, nanoseconds = pyarrow.array([3_000_000] * 7, pyarrow.date32()), pyarrow.array(range(1, 8), pyarrow.timestamp("ns"))
+    nested = pyarrow.array([[{"role": "user", "content": "一", "at": 1}, {"role": "assistant", "content": "二", "at": 2}]] * 7,
+                           pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()),
+                                                         ("at", pyarrow.timestamp("ns"))])))
+    table = pyarrow.table({"date": far, "text": [d["text"] for d in DOCS], "time": nanoseconds, "messages": nested})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [d for _, d in documents(f"text:{tmp_path}/a.parquet")] == [d["text"] for d in DOCS]
+    assert [d for _, d in dialogues(f"messages:{tmp_path}/a.parquet")] == [talk("一", "二")] * 7
+
+
 def test_parquet(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     parquet.write_table(pyarrow.Table.from_pylist(DOCS), tmp_path / "a.parquet")
@@ -200,6 +303,25 @@ DIALOGUES = [
                                     {"role": "client", "content": "三"}]}, talk("一", "二")),
     ("messages", {"messages": [{"role": "system", "content": "简短"}, {"role": "user", "content": "一"},
                                {"role": "assistant", "content": "二"}]}, talk("一", "二", system="简短")),
+    # an answer before the first question, an empty system text, parts, pairs, tools
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "零"}, {"from": "human", "value": "一"},
+                                    {"from": "gpt", "value": "二"}]}, talk("一", "二")),
+    ("sharegpt", {"system": "", "conversations": [{"from": "system", "value": " "}, {"from": "human", "value": "一"},
+                                                  {"from": "gpt", "value": "二"}]}, talk("一", "二")),
+    ("messages", {"messages": [{"role": "developer", "content": "简短"},
+                               {"role": "user", "content": [{"type": "text", "text": "一"}, {"type": "text", "text": "又一"}]},
+                               {"role": "assistant", "content": "二"}]}, talk("一\n又一", "二", system="简短")),
+    ("sharegpt", {"conversation": [{"human": "一", "assistant": "二"}, {"human": "三", "assistant": "四"}]},
+     talk("一", "二", "三", "四")),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "一"}, {"from": "function_call", "value": "{}"},
+                                    {"from": "observation", "value": "三"}, {"from": "gpt", "value": "四"}]},
+     talk("一", "{}", "三", "四")),
+    ("messages", {"messages": [{"role": "user", "content": "一"}, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+                               {"role": "tool", "content": "三"}, {"role": "assistant", "content": "四"}]},
+     talk("一", '[{"id": 1}]', "三", "四")),
+    ("sharegpt", [{"role": "client", "content": "一"}, {"role": "counselor", "content": "二"}], talk("一", "二")),
+    ("alpaca", {"instruction": "三", "input": "", "output": "四", "history": [["一", "二"]], "system": "简短"},
+     talk("一", "二", "三", "四", system="简短")),
     ("smoltalk", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     talk("a", "b")),
 ]
@@ -213,9 +335,9 @@ def test_every_chat_data_set_in_its_own_schema():
 
 @pytest.mark.parametrize("turns, reason", [
     ([("human", "一"), ("human", "二"), ("gpt", "三")], "roles do not alternate"),
-    ([("gpt", "一"), ("human", "二"), ("gpt", "三")], "roles do not alternate"),
+    ([("human", "一"), ("gpt", "坏\ufffd字")], "broken characters"), ([("gpt", "一")], "no answer"),
     ([("human", "一"), ("system", "二"), ("gpt", "三")], "roles do not alternate"),
-    ([("human", "一"), ("observation", "二")], "unknown role"), ([(None, "一")], "unknown role"),
+    ([("human", "一"), ("narrator", "二")], "unknown role"), ([(None, "一")], "unknown role"),
     ([(["x"], "一")], "unknown role"),
     ([("human", "一")], "no answer"), ([("system", "一")], "no answer"),
     ([("human", "一"), ("gpt", None)], "empty turn"), ([("human", ["一"]), ("gpt", "二")], "empty turn"),
@@ -223,6 +345,33 @@ def test_every_chat_data_set_in_its_own_schema():
 def test_dialogues_that_do_not_fit_have_a_reason(turns, reason):
     with pytest.raises(Bad, match=reason):
         CHAT["sharegpt"].read({"conversations": [{"from": role, "value": value} for role, value in turns]})
+
+
+def test_a_picture_among_the_parts_of_a_turn_drops_the_dialogue():
+    turns = [{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "这是什么？"}]},
+             {"role": "assistant", "content": "猫"}]
+    with pytest.raises(Bad, match="not only text"):
+        CHAT["messages"].read({"messages": turns})
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_turns_that_are_not_to_be_trained_on_have_no_loss(tok, mark):
+    turns = [{"role": role, "content": content} for role, content in zip(["user", "assistant"] * 2, "一二三四")]
+    turns[1] |= mark
+    messages = CHAT["messages"].read({"messages": turns})
+    ids, loss_mask = tok.render(messages)
+    assert [i for i, counts in zip(ids, loss_mask) if counts] == [*tok.encode("四"), tok.end_id]
+    assert ids == tok.render(talk("一", "二", "三", "四"))[0]
+    assert CHAT["messages"].read({"messages": messages}) == messages       # as test.jsonl is read again
+
+
+def test_inner_lists_hold_records_or_one_dialogue_each(tmp_path):
+    alpaca = [[{"instruction": "一", "input": "", "output": "二"}], [{"instruction": "三", "output": "四"}]]
+    path = write(tmp_path / "a.json", dump(alpaca))
+    assert [d for _, d in dialogues(f"alpaca:{path}")] == [talk("一", "二"), talk("三", "四")]
+    smile = [[{"role": "client", "content": "一"}, {"role": "counselor", "content": "二"}]] * 2
+    path = write(tmp_path / "b.json", dump(smile))
+    assert [d for _, d in dialogues(f"sharegpt:{path}")] == [talk("一", "二")] * 2
 
 
 SIGNS = [b"\x00", b"\n", b'"', b"{", b"}", b"[", b"]", b"\\"]
@@ -384,6 +533,26 @@ def test_all_files_of_a_list_a_folder_and_a_pattern_are_read(tmp_path):
     assert order(f"text:{tmp_path}") == "二一三"
     assert order(f"text:{tmp_path}/*.json*, txt_file:{tmp_path}/sub/*.md") == "二一" + '"'
     assert order(f"text:{tmp_path}/b.jsonl,text:{tmp_path}/a.json") == "一二"
+
+
+def test_a_link_to_a_folder_above_counts_no_file_twice(tmp_path):
+    inner = tmp_path / "data" / "inner"
+    inner.mkdir(parents=True)
+    write(inner / "a.jsonl", dump(DOCS[0]))
+    for name in "up", "again":
+        (inner / name).symlink_to(tmp_path / "data", target_is_directory=True)
+    assert len(list(documents(f"text:{tmp_path}/data"))) == 1
+    (tmp_path / "linked").symlink_to(inner, target_is_directory=True)
+    assert len(list(documents(f"text:{tmp_path}/linked"))) == 1
+    (inner / "again").unlink()
+    assert len(list(documents(f"text:{tmp_path}/data/**/*.jsonl"))) == 1
+
+
+def test_a_path_may_hold_a_comma(tmp_path):
+    a, b = write(tmp_path / "一,二.jsonl", dump(DOCS[0])), write(tmp_path / "三.jsonl", dump(DOCS[1]))
+    assert [d for _, d in documents(f"text:{a},text:{b},")] == [d["text"] for d in DOCS[:2]]
+    with pytest.raises(SystemExit, match="name:path for every part"):
+        next(documents(f"text:{a},{b}"))
 
 
 @pytest.mark.parametrize("spec, parts", [
