@@ -27,6 +27,7 @@ MAX_RECORD = 1 << 28       # bytes of the longest record; a longer record counts
 MAX_CELL = 1 << 24         # characters of the longest cell of a CSV file
 MAX_DEPTH = 100            # of nested lists and objects; pickle and other recursion have limits
 CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])          # none of them is in a text
+COMMON = re.compile("[\\s -~\u2010-\u2030\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")     # what is read of a folder
 PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
@@ -122,7 +123,7 @@ def reader(raw, cut, problems):
     name, data = bare(raw.name), blocks(raw, problems)
     if name.endswith((".csv", ".tsv")) and cut == "line":
         return csv_records(data, "\t" if name.endswith(".tsv") else ",", problems)
-    first = take(data, 1 << 20, b"\n")
+    first = take(data, BLOCK, b"\n")
     looks_like_json = re.match(rb'\s*(\{\s*["}]|\[\s*[\[{"\]])', first)
     data = itertools.chain([first], data)
     if cut != "line" or not (looks_like_json or name.endswith((".json", ".jsonl"))):
@@ -182,14 +183,14 @@ def encoding_of(block):
     n, zeros = len(block), block.count(0)
     high = block.translate(None, bytes(range(128)))
     broken = block.decode("utf-8", "replace").count("\ufffd") * 5 > len(high)   # more than some
-    order = "be" if 2 * block[::2].count(0) > zeros else "le"
     if block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if broken and (zeros or 2 * len(high) > n):
             return "utf-16"
-    elif 8 * zeros > n:
-        text = block.decode(f"utf-16-{order}", "replace")
-        known = re.findall("[\\s -~\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef\u2010-\u2030]", text)
-        return f"utf-16-{order}" if len(known) > 0.9 * len(text) else "binary"
+    elif 200 * zeros > n and (8 * zeros > n or 4 * len(high) > n):
+        for encoding in "utf-16-le", "utf-16-be":
+            text = block.decode(encoding, "replace")
+            if len(COMMON.sub("", text)) < 0.1 * len(text):
+                return encoding
     if n - len(block.translate(None, CONTROLS)) > n / 10:
         return "binary"
     if not high:

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import random
 import re
 import subprocess
@@ -205,21 +206,22 @@ def test_an_array_without_its_end_is_counted(tmp_path, data, n):
 @pytest.mark.parametrize("unit", ['{"a":}{', '{"a":\n', '{"a":'])
 def test_files_of_nothing_but_broken_json_take_linear_time(tmp_path, unit):
     start = time.process_time()
-    kept, reasons = read(write(tmp_path / "a.json", unit * 100_000))
-    assert not kept and reasons and time.process_time() - start < 20
+    kept, reasons = read(write(tmp_path / "a.json", unit * 50_000))
+    assert not kept and reasons and time.process_time() - start < 15
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_a_compressed_bomb_is_read_in_small_memory(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     line = dump({"text": "字" * 20}).encode() + b"\n"
-    data = {"a.jsonl.zst": zstandard.compress, "a.jsonl.gz": gzip.compress, "a.jsonl.bz2": bz2.compress}
+    data = {"a.jsonl.zst": zstandard.compress, "a.jsonl.gz": gzip.compress}
     for name, compress in data.items():
         path = write(tmp_path / name, compress(line * 1_000_000))          # 0.1 GB in a few KB
-        code = (f"import readers, resource\nn = sum(1 for _ in readers.records({path!r}))\n"
-                "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        code = (f"import re, readers\nn = sum(1 for _ in readers.records({path!r}))\n"
+                "print(n, re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         n, kilobytes = map(int, out.split())
-        assert n == 1_000_000 and kilobytes < 150_000, name
+        assert n == 1_000_000 and kilobytes < 100_000, name
 
 
 def test_parquet_without_dates_and_times(tmp_path):
