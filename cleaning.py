@@ -111,8 +111,7 @@ def is_suspicious(text):
 def apply(rules, text):
     """The text after all rules, in Unicode's composed form; code between fences gets CODE only.
 
-    Not NFKC, which would turn ， into a comma and ² into 2. The first line keeps its indentation
-    if more lines follow.
+    Not NFKC, which would turn ， into a comma and ² into 2.
     """
     if is_suspicious(text):
         fences = [match.span() for match in FENCE.finditer(text)]
@@ -123,8 +122,13 @@ def apply(rules, text):
         text = "".join([*parts, apply_all(rules, text[done:])])
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
-    text = re.sub(r"\A\s*\n", "", text.rstrip())
-    return text if "\n" in text else text.strip()
+    return trimmed(text)
+
+
+def trimmed(text):
+    """The text without blanks around it; but if it has several lines, the first stays indented."""
+    text = text.rstrip()
+    return text[re.match(r"(\s*\n)?", text).end():] if "\n" in text.strip() else text.strip()
 
 
 def apply_all(rules, text):
@@ -160,7 +164,7 @@ MAX_REPEATED = 0.6         # share of the text in repeated clauses (after Rae et
 # In UTF-8 these first bytes mark a letter: ASCII, Latin to Arabic, Chinese (E4-E9), Hangul. A text
 # with fewer of them is looked at more closely.
 FIRST_BYTES = bytes([*range(65, 91), *range(97, 123), *range(0xC3, 0xE0), *range(0xE4, 0xEE)])
-EQUATION = re.compile(r"\d{1,4}\s?[-+×xX*÷/]\s?\d{1,4}\s?=\s?\d{1,8}")
+ARITHMETIC = re.compile(r"^\|.*\|$|\d{1,4}\s?[-+×xX*÷/]\s?\d{1,4}\s?=\s?\d{1,8}", re.M)
 MARKUP = re.compile(r"[\s|\-:{}()\[\]\\^_$&#*=<>+~`\u2500-\u257f]")     # of tables and formulas
 
 
@@ -194,8 +198,8 @@ def n_letters(text):
 
 
 def is_readable(text):
-    """Whether enough is letters and their marks, not counting markup; equations count as text."""
-    text = MARKUP.sub("", EQUATION.sub("equation", text))
+    """Whether enough is letters and marks, without markup; tables and equations count as letters."""
+    text = MARKUP.sub("", ARITHMETIC.sub("letters", text))
     letters = sum(unicodedata.category(character)[0] in "LM" for character in text)
     return letters >= max(1, MIN_LETTERS * len(text))
 

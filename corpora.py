@@ -24,7 +24,7 @@ import json
 import re
 from typing import Callable, NamedTuple
 
-from cleaning import clean, normalise, quality
+from cleaning import clean, normalise, quality, trimmed
 from readers import Bad, files_at, records
 
 
@@ -61,7 +61,7 @@ def optional(record, name):
     if not isinstance(record, dict):
         raise Bad("not an object")
     value = record.get(name)
-    return value.strip() if isinstance(value, str) else ""
+    return trimmed(value) if isinstance(value, str) else ""
 
 
 def objects(record, name, kind=dict):

@@ -367,6 +367,12 @@ def test_turns_that_are_not_to_be_trained_on_have_no_loss(tok, mark):
     assert CHAT["messages"].read({"messages": messages}) == messages       # as test.jsonl is read again
 
 
+def test_the_indentation_of_a_first_line_reaches_the_dialogue():
+    code = "    if x:\n        return 1"
+    assert CHAT["prompt"].read({"prompt": " 问 ", "response": f"\n{code}\n"}) == talk("问", code)
+    assert TEXT["text"].read({"text": f"\n{code}\n"}) == code
+
+
 def test_inner_lists_hold_records_or_one_dialogue_each(tmp_path):
     alpaca = [[{"instruction": "一", "input": "", "output": "二"}], [{"instruction": "三", "output": "四"}]]
     path = write(tmp_path / "a.json", dump(alpaca))
@@ -431,6 +437,13 @@ ORDINARY = [
     "Ça va? Über naïve façade, Привет, こんにちは, 안녕하세요", "3<5 且 7>6，所以 x<3 或 x>7。", "电话铃响了：“喂，是谁？”", "邮箱：在学校门口右边，绿色的那个。",
     "报名请拨打热线：010-62345678咨询王老师。", "他的QQ：123456789是八位数吗？", "地址：北京市海淀区中关村大街1号，邮编100080", "<p> 标签表示段落，</p> 标签表示结束",
     "def f(a: int = 1, *args, **kw) -> dict[str, list]:",
+    "升级到 lodash@4.17.20 和 vue@3.2.45 之后就好了。", "for (1..@header.num) { }", "Lou@N.T.乐队", "苹果5kg@2.5元一份",
+    "user@receiver.com 是收件人的地址。", "MAIL FROM:<user@receiver.com>", "git config user.email <a@b.com>",
+    '请看：\n```html\n<div class="a">\n    <p>段落</p>  \n\n\n\n    <br>\n</div>\n```\n完毕',
+    '学习 HTML：<p class="a">段落</p> 是一段，<br> 换行。', "`&lt;` 表示小于号", "传真：1949-1999，五十年的历史",
+    "请填空：中国的首都是————————，最长的河是________。", "    def f():\n        return 1", "    1 + 1\n得到 2",
+    "　　床前明月光，\n疑是地上霜。", "　君不见，\n　　　黄河之水天上来", "def f():\n    pass\n\n\ndef g():\n    pass",
+    "می\u200cخواهم",
 ]
 
 
@@ -444,7 +457,9 @@ def test_ordinary_text_stays_as_it_is(text):
     ("一\u3000二\xa0三\u2003四", "一 二 三 四"), ("\u3000\u3000第一段\n\u3000\u3000第二段", "第一段\n第二段"),
     ("一  \n二\t\n三 ", "一\n二\n三"), ("一\n\n\n\n\n二", "一\n\n二"), ("一\r\n二\r三\u2028四", "一\n二\n三\n四"),
     ("零\u200b宽\ufeff字\u200f符\xad", "零宽字符"), ("控\x00制\x07字\x1b符\x7f\x85", "控制字符"), ("半\ud800个", "半\ufffd个"),
-    ("私\ue000用", "私用"),
+    ("私\ue000用", "私用"), ("增长了９．０９％", "增长了9.09％"),
+    ("标题\n\u3000\u3000第一段\n\n\u3000\u3000第二段", "标题\n第一段\n\n第二段"), (" 一\n", "一"), ("\n \n  一\n二", "  一\n二"),
+    ('一<br/>\n```\n<br/>\x00二\n```\n三<br/>', "一\n\n```\n<br/>二\n```\n三"),
     ("<p>第一段</p><p class=\"x\">第二<b>段</b></p>", "第一段\n\n第二段"), ("一<br/>二<BR>三", "一\n二\n三"),
     ("图<img src='a.png' alt=\"b\">片<a href=\"http://a.cn\">链接</a>", "图片链接"), ("注<!-- 看不见 -->释", "注释"),
     ("<script type='a'>var x = 1 < 2;</script>正文<style>p {}</style>", "正文"),
@@ -483,6 +498,20 @@ def test_rules_take_linear_time():
 ])
 def test_quality(text, reason):
     assert quality(text) == reason
+
+
+MULTIPLICATION = "\n".join("  ".join(f"{j}×{i}={i * j}" for j in range(1, i + 1)) for i in range(1, 10))
+
+
+@pytest.mark.parametrize("text", [
+    "わたしはきのうともだちとえいがをみにいきました。とてもおもしろかったです。", "コンピューターのプログラムをつくるのはたのしい。",
+    "สวัสดีครับ วันนี้อากาศดีมาก เราไปเดินเล่นในสวนกันเถอะ", "བོད་ཡིག་ནི་བོད་མི་རིགས་ཀྱི་ཡི་གེ་ཡིན། འདི་ནི་ཤིན་ཏུ་གནའ་བོ་ཡིན།",
+    "नमस्ते, आज मौसम बहुत अच्छा है और हम बगीचे में घूमने जा रहे हैं।", MULTIPLICATION,
+    "| 姓名 | 年龄 | 城市 |\n|------|------|------|\n| 张三 | 18 | 北京 |\n| 李四 | 20 | 上海 |",
+    "| 年份 | 2019 | 2020 | 2021 |\n|---|---|---|---|\n| 产量 | 12.5 | 13.8 | 14.2 |\n| 增长 | 3.1% | 10.4% | 2.9% |",
+    "$$\\frac{-b \\pm \\sqrt{b^2-4ac}}{2a} = x_{1,2}, \\sum_{i=1}^{n} i = \\frac{n(n+1)}{2}$$"])
+def test_other_scripts_tables_and_formulas_are_kept(text):
+    assert quality(clean(text)) is None
 
 
 def fragments(rng):
