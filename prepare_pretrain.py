@@ -95,12 +95,17 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     """MinHash signatures (n, n_permutations) uint8: the share of equal bytes in two rows estimates the Jaccard
     similarity of the sets of shingles, substrings of `shingle` characters (plus 1/256 for bytes equal by chance).
 
+    White space and the width of punctuation are left out, as copies often differ in these only.
     A text too short for a single shingle gets a signature of its own hash, similar to no other.
     Sources: Broder 1997, "On the resemblance and containment of documents"; keeping only the low bits of each minimum:
     Li and Konig 2010, "b-bit minwise hashing".
     """
+    texts = ["".join(text.split()) for text in texts]
     lengths = np.array([len(text) for text in texts], np.int64)
     characters = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.uint32)
+    characters[characters - np.uint32(0xFF01) < 94] -= 0xFEE0      # ，！？ and others of full width
+    for wide, narrow in zip("。、“”‘’", ".,\"\"''"):
+        characters[characters == ord(wide)] = ord(narrow)
     x = np.zeros(len(characters), np.uint32)                       # hash of the shingle that begins at each character
     for i in range(shingle):
         x[:len(x) - i] = x[:len(x) - i] * np.uint32(0x01000193) + characters[i:]
