@@ -5,6 +5,7 @@ import itertools
 import json
 import lzma
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -21,7 +22,7 @@ import cleaning
 import corpora
 import readers
 from cleaning import clean, normalise, quality
-from conftest import ROOT, story
+from conftest import ROOT, run, story
 from corpora import CHAT, TEXT, Bad, dialogues, documents
 from readers import records
 
@@ -203,10 +204,10 @@ def test_an_array_without_its_end_is_counted(tmp_path, data, n):
     assert read(write(tmp_path / "a.json", data)) == (DOCS[:n], ["JSON array without an end"])
 
 
-@pytest.mark.parametrize("unit", ['{"a":}{', '{"a":\n', '{"a":'])
-def test_files_of_nothing_but_broken_json_take_linear_time(tmp_path, unit):
+@pytest.mark.parametrize("unit, n", [('{"a":}{', 150_000), ('{"a":\n', 30_000), ('{"a":', 50_000)])
+def test_files_of_nothing_but_broken_json_take_linear_time(tmp_path, unit, n):
     start = time.process_time()
-    kept, reasons = read(write(tmp_path / "a.json", unit * 50_000))
+    kept, reasons = read(write(tmp_path / "a.json", unit * n))
     assert not kept and reasons and time.process_time() - start < 15
 
 
@@ -632,3 +633,19 @@ def test_a_mistake_in_a_data_set_is_counted_and_names_the_first_record(tmp_path,
     first, second = counted
     assert first == f"KeyError in my_reader(); first in {path}, record 2: 'title'"
     assert second.startswith("TypeError in my_reader(); first in") and "record 8" in second and "\n" not in second
+    assert str(pickle.loads(pickle.dumps(found[1]))) == first              # as workers send it
+
+
+@pytest.mark.parametrize("script, table", [("prepare_pretrain.py", "TEXT"), ("prepare_sft.py", "CHAT")])
+def test_the_report_counts_a_mistake_in_a_data_set_under_one_reason(tmp_path, tok, script, table):
+    good = {"TEXT": "record['text']", "CHAT": "corpora.pair(record['text'], record['text'])"}[table]
+    code = (f"import corpora\n@corpora.corpus(corpora.{table}, 'new_set', 'what it is', 'how to get it')\n"
+            f"def mine(record): return {good}")
+    rows = [{"text": f"第{i}篇：{story(random.Random(i), 9)}"} for i in range(40)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(dump, rows + [{"title": str(i)} for i in range(300)])))
+    done = run(script, tmp_path, f"--corpora=new_set:{path}", f"--tokenizer={tok.name}", "--data_dir=out", "--workers=1",
+               "--val_fraction=0.3", code=code)
+    assert done.rc == 0, done.err
+    meta = json.loads((tmp_path / "out/meta.json").read_text("utf-8"))
+    assert meta["corpora"][f"new_set:{path}"]["dropped"] == {f"KeyError in mine(); first in {path}, record 41: 'text'": 300}
+    assert "record 41: 'text'" in done.out

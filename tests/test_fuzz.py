@@ -6,11 +6,13 @@
 """
 import ast
 import base64
+import bz2
 import contextlib
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -141,14 +143,16 @@ FORMATS = {                                                            # name: (
     "array by lines": (lambda rs: "[\n" + ",\n".join(map(dump, rs)) + "\n]", ".json"),
     "csv": (as_csv, ".csv"), "tsv": (lambda rs: as_csv(rs, "\t"), ".tsv"), "csv gbk": (as_csv, ".csv"),
     "csv gb18030": (as_csv, ".csv"), "txt": (lambda rs: "\n\n".join(map(str, rs)), ".txt"),
-    "txt gb18030": (lambda rs: "\n".join(map(str, rs)), ".txt")}
+    "txt gb18030": (lambda rs: "\n".join(map(str, rs)), ".txt"), "csv utf-16": (as_csv, ".csv"),
+    "jsonl gb18030": (lambda rs: lines(rs, ensure_ascii=False), ".jsonl"), "jsonl utf-16": (lines, ".jsonl"),
+    "array utf-16": (lambda rs: dump(rs, ensure_ascii=False), ".json")}
 if find_spec("pyarrow"):
     FORMATS["parquet"] = as_parquet, ".parquet"
 
 
 def as_bytes(form, records):
     content = FORMATS[form][0](records)
-    encoding = form.split()[-1] if form.endswith(("gbk", "gb18030")) else "utf-8"
+    encoding = form.split()[-1] if form.endswith(("gbk", "gb18030", "utf-16")) else "utf-8"
     handler = "surrogatepass" if encoding == "utf-8" else "replace"
     return content if isinstance(content, bytes) else content.encode(encoding, handler)
 
@@ -179,9 +183,11 @@ def compress(rng, data):
     """(the bytes, perhaps compressed, the suffix for that)."""
     if rng.random() < 0.75:
         return data, ""
-    if find_spec("zstandard") and rng.random() < 0.5:
+    if find_spec("zstandard") and rng.random() < 0.4:
         import zstandard
         return zstandard.compress(data), ".zst"
+    if rng.random() < 0.4:
+        return rng.choice([(bz2.compress(data), ".bz2"), (lzma.compress(data), ".xz")])
     return gzip.compress(data[:99]) + gzip.compress(data[99:]), ".gz"
 
 
@@ -284,6 +290,7 @@ def whole_file(rng, folder, toks):
         records = [{k: v.encode("gbk", "ignore").decode("gbk") or "空" for k, v in r.items()} for r in records]
     before = [b"", b"", b"\n", b"\r\n"]
     before += [b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"] * (not form.endswith(("gbk", "gb18030")))
+    before = [b""] if form.endswith("utf-16") else before
     data, packed = compress(rng, rng.choice(before) + as_bytes(form, records))
     found = list(readers.records(write(folder, f"whole{FORMATS[form][1]}{packed}", data)))
     assert found == records, (form, [(a, b) for a, b in zip(found, records) if a != b][:1] or (len(found), len(records)))
