@@ -9,7 +9,6 @@ constants give the same bytes with any number of workers. corpora.py knows the c
 """
 import errno
 import hashlib
-import itertools
 import json
 import os
 import struct
@@ -20,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from corpora import TEXT, Bad, document, in_order, interruptible, records, sources
+from corpora import TEXT, Bad, document, raw_records, sources
+from readers import in_order, interruptible
 from tokenizer import load
 
 corpora        = "text:data/demo/stories.jsonl"   # name:path,name:path: files, folders, patterns; see python corpora.py
@@ -52,17 +52,17 @@ def begin(tokenizer, settings):
 
 
 def encode_batch(batch):
-    """[(corpus number, corpus name, record)] -> (token ids, documents, signatures, {(corpus number, reason): dropped}).
+    """[(corpus number, corpus name, where, record)] -> (ids, documents, signatures, {(corpus number, Bad): dropped}).
 
     ids: bytes of uint16, eos behind every document; documents: array of DOCUMENT; signatures (n, n_permutations) uint8.
     """
     texts, numbers, dropped = [], [], Counter()
-    for number, name, record in batch:
+    for number, name, where, record in batch:
         try:
-            texts.append(document(name, record))
+            texts.append(document(name, record, where))
             numbers.append(number)
         except Bad as bad:
-            dropped[number, str(bad)] += 1
+            dropped[number, bad] += 1
     raw = [text.encode("utf-8") for text in texts]
     ids = encode(worker_tokenizer, texts)
     documents = np.zeros(len(texts), DOCUMENT)
@@ -95,12 +95,17 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     """MinHash signatures (n, n_permutations) uint8: the share of equal bytes in two rows estimates the Jaccard
     similarity of the sets of shingles, substrings of `shingle` characters (plus 1/256 for bytes equal by chance).
 
+    White space and the width of punctuation are left out, as copies often differ in these only.
     A text too short for a single shingle gets a signature of its own hash, similar to no other.
     Sources: Broder 1997, "On the resemblance and containment of documents"; keeping only the low bits of each minimum:
     Li and Konig 2010, "b-bit minwise hashing".
     """
+    texts = ["".join(text.split()) for text in texts]
     lengths = np.array([len(text) for text in texts], np.int64)
     characters = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.uint32)
+    characters[characters - np.uint32(0xFF01) < 94] -= 0xFEE0      # ，！？ and others of full width
+    for wide, narrow in zip("。、“”‘’", ".,\"\"''"):
+        characters[characters == ord(wide)] = ord(narrow)
     x = np.zeros(len(characters), np.uint32)                       # hash of the shingle that begins at each character
     for i in range(shingle):
         x[:len(x) - i] = x[:len(x) - i] * np.uint32(0x01000193) + characters[i:]
@@ -124,11 +129,11 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
 # ---- in the main process: read, hand out, collect -------------------------------------------------------------------
 
 def batches(found, progress):
-    """Lists of (corpus number, corpus name, record) of about BATCH_CHARS characters, in the order of the input."""
+    """Lists of (corpus number, corpus name, where, record), about BATCH_CHARS characters each, in input order."""
     batch, size = [], 0
-    for number, (_, name, files) in enumerate(found):
-        for record in itertools.chain.from_iterable(records(path, TEXT[name].cut, progress) for path in files):
-            batch.append((number, name, record))
+    for number, source in enumerate(found):
+        for _, name, where, record in raw_records([source], TEXT, progress):
+            batch.append((number, name, where, record))
             size += 20 + n_chars(record)
             if size >= BATCH_CHARS:
                 yield batch
@@ -145,7 +150,7 @@ def n_chars(record):
 
 
 def collect(found, tokenizer, settings, n_workers, ids_file, signature_file):
-    """Run all records through the workers and write what they make: (documents, {(corpus number, reason): dropped})."""
+    """Run all records through the workers and write what they make: (documents, {(corpus number, Bad): dropped})."""
     total = sum(os.path.getsize(path) for _, _, files in found for path in files)
     documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="clean and encode", disable=None) as bar, \
@@ -244,7 +249,7 @@ def report(found, documents, kept, dropped):
     """{corpus: {records, documents, tokens, bytes, bytes_per_token, dropped}} for meta.json."""
     table = {}
     for number, (corpus, _, _) in enumerate(found):
-        reasons = {reason: count for (of, reason), count in sorted(dropped.items()) if of == number}
+        reasons = dict(sorted((str(bad), count) for (of, bad), count in dropped.items() if of == number))
         counts = totals(documents[kept & (documents["corpus"] == number)])
         table[corpus] = {"records": counts["documents"] + sum(reasons.values()), **counts,
                          "bytes_per_token": round(counts["bytes"] / max(counts["tokens"], 1), 3), "dropped": reasons}
@@ -318,7 +323,7 @@ def main():
         if dedup and len(documents):
             gone = exact_duplicates(documents["hash"])
             near = near_duplicates(signature_path, gone, n_permutations, n_bands, jaccard)
-            for reason, which in ("exact duplicate", gone), ("near duplicate", near):
+            for reason, which in (Bad("exact duplicate"), gone), (Bad("near duplicate"), near):
                 for number, count in zip(*np.unique(documents["corpus"][which], return_counts=True)):
                     dropped[int(number), reason] = int(count)
             gone |= near

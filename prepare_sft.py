@@ -28,7 +28,9 @@ from tqdm import tqdm
 
 import config
 import corpora as corpus_reader
+import readers
 import tokenizer as tokenizers
+from cleaning import hash64
 
 corpora        = "messages:data/demo/chat.jsonl"  # name:path,name:path to read; python corpora.py lists the names
 tokenizer      = "data/tokenizer.model"           # the one that the model was pretrained with
@@ -64,13 +66,13 @@ def begin():
 
 
 def examples(batch):
-    """[(corpus, example(...))] for a list of (corpus, name, record); the reason instead for what is dropped."""
+    """[(corpus, example(...))] for a list of (corpus, name, where, record); a Bad instead for what is dropped."""
     results = []
-    for corpus, name, record in batch:
+    for corpus, name, where, record in batch:
         try:
-            results.append((corpus, example(corpus_reader.messages(name, record))))
-        except corpus_reader.Bad as reason:
-            results.append((corpus, str(reason)))
+            results.append((corpus, example(corpus_reader.messages(name, record, where))))
+        except corpus_reader.Bad as bad:
+            results.append((corpus, bad))
     return results
 
 
@@ -81,9 +83,9 @@ def example(messages):
     question never stands on both sides.
     """
     check_lengths(messages)
-    key = corpus_reader.hash64(json.dumps(messages))
+    key = hash64(json.dumps(messages))
     kept, ids, mask = fit(messages)
-    question = corpus_reader.hash64(next(m["content"] for m in kept if m["role"] == "user")) / 2**64
+    question = hash64(next(m["content"] for m in kept if m["role"] == "user")) / 2**64
     split = "test" if question < test_fraction else "val" if question < test_fraction + val_fraction else "train"
     rng, augmented = random.Random(f"{seed} {key}"), False
     if split == "train" and rng.random() < augment:
@@ -137,19 +139,18 @@ def garbled(text, rng):
 # ---- all records, in order --------------------------------------------------------------------------------------
 
 def batches():
-    """Yield lists of (corpus, name, record), and show how far the reading is."""
+    """Yield lists of (corpus, name, where, record), and show how far the reading is."""
     sources = corpus_reader.sources(corpora, corpus_reader.CHAT)
     size = sum(os.path.getsize(path) for _, _, files in sources for path in files)
     with tqdm(total=size, desc="preparing", unit="B", unit_scale=True, disable=None) as bar:
-        records = ((corpus, name, record) for corpus, name, files in sources for path in files
-                   for record in corpus_reader.records(path, corpus_reader.CHAT[name].cut, bar.update))
+        records = corpus_reader.raw_records(sources, corpus_reader.CHAT, bar.update)
         while batch := list(itertools.islice(records, BATCH)):
             yield batch
 
 
 def results(n_workers):
-    """Yield (corpus, example or reason) for every record in the order of the files, made by n_workers processes."""
-    with closing(corpus_reader.in_order(examples, batches(), n_workers, begin)) as found:
+    """Yield (corpus, example or Bad) for every record in the order of the files, made by n_workers processes."""
+    with closing(readers.in_order(examples, batches(), n_workers, begin)) as found:
         for batch in found:
             yield from batch
 
@@ -164,9 +165,9 @@ def write(files, results):
     for corpus, result in results:
         total = by_corpus[corpus]
         total["records"] += 1
-        if not isinstance(result, str) and result["key"] in seen:
-            result = "duplicate"
-        if isinstance(result, str):
+        if not isinstance(result, corpus_reader.Bad) and result["key"] in seen:
+            result = corpus_reader.Bad("duplicate")
+        if isinstance(result, corpus_reader.Bad):
             total["dropped"][result] += 1
             continue
         seen.add(result["key"])
@@ -187,6 +188,8 @@ def write(files, results):
             files[split, "bin"].write(result["ids"].tobytes())
             files[split, "mask"].write(result["mask"].tobytes())
             files[split, "idx"].write(np.int64(splits[split]["tokens"]).astype("<i8").tobytes())
+    for figures in by_corpus.values():
+        figures["dropped"] = Counter({str(bad): count for bad, count in figures["dropped"].items()})
     return splits, by_corpus, list(first.values())
 
 
@@ -288,5 +291,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with corpus_reader.interruptible(data_dir), config.only_user_of("data_dir", data_dir):
+    with readers.interruptible(data_dir), config.only_user_of("data_dir", data_dir):
         main()

@@ -90,7 +90,8 @@ class Tokenizer:
     def render(self, messages):
         """A whole dialogue for fine-tuning: (ids, mask), two lists of the same length.
 
-        mask is 1 on the content of every assistant turn and on the token that ends it, and 0 on everything else.
+        mask is 1 on the content of every assistant turn and on the token that ends it, and 0 on everything else;
+        a message {"train": False} is not trained on.
         It belongs to the token as target: the loss of predicting ids[i] counts where mask[i] is 1.
         """
         ids, mask = [], []
@@ -115,7 +116,7 @@ class Tokenizer:
             yield [self.bos_id], 0
             for message, content in zip(messages, contents):
                 yield [self.roles[message["role"]]], 0
-                yield content + [self.end_id], int(message["role"] == "assistant")
+                yield content + [self.end_id], int(message["role"] == "assistant" and message.get("train", True))
             return
         if self.start_id is not None:
             for i, (message, content) in enumerate(zip(messages, contents)):
@@ -123,7 +124,7 @@ class Tokenizer:
                 role = self.encode(message["role"] + "\n" + message["content"] * (not answers))
                 yield line + [self.start_id] + role + [self.end_id] * (not answers), 0
                 if answers:
-                    yield content + [self.end_id], 1
+                    yield content + [self.end_id], int(message.get("train", True))
             return
         before, after, then = self.turn
         asked = []                              # a system text, or a second user turn, joins the turn that it stands by
@@ -132,7 +133,7 @@ class Tokenizer:
                 asked.append(message["content"])
                 continue
             yield self.encode(before + "\n".join(asked) + after) + then, 0
-            yield content + [self.eos_id], 1
+            yield content + [self.eos_id], int(message.get("train", True))
             asked = []
         if asked:
             yield self.encode(before + "\n".join(asked)), 0

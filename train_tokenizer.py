@@ -23,6 +23,7 @@ from tqdm import tqdm
 import config
 import corpora as corpus_reader
 import tokenizer as tokenizers
+from cleaning import clean, hash64
 
 corpora            = "text:data/demo/stories.jsonl,messages:data/demo/chat.jsonl"  # name:path,... that models will see
 out                = "data/tokenizer.model"  # the file to write; the report stands beside it
@@ -63,24 +64,25 @@ def sample(spec):
     size = sum(os.path.getsize(path) for _, _, files in sources for path in files)
     train, test = Smallest(sample_bytes), {}
     with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
-        for corpus, name, files in sources:
+        for source in sources:
+            corpus = source[0]
             test[corpus] = Smallest(test_bytes)
-            for record in (r for path in files for r in corpus_reader.records(path, table[name].cut, bar.update)):
+            for raw in corpus_reader.raw_records([source], table, bar.update):
                 try:
-                    text = table[name].read(record)
+                    text = corpus_reader.read(table, *raw[1:])
                 except corpus_reader.Bad:
                     continue                                       # the prepare scripts count them
                 if isinstance(text, list):                         # a dialogue
                     text = "\n".join(message["content"] for message in text)
-                held_out = corpus_reader.hash64(text) < test_fraction * 2**64
+                held_out = hash64(text) < test_fraction * 2**64
                 for chunk in chunks(text):
-                    (test[corpus] if held_out else train).offer(corpus_reader.hash64(chunk), chunk)
+                    (test[corpus] if held_out else train).offer(hash64(chunk), chunk)
     return cleaned(train), {corpus: cleaned(texts) for corpus, texts in test.items()}
 
 
 def cleaned(sampled):
     """The texts of a Smallest by their keys, cleaned as prepare_pretrain.py does; only what was kept costs that."""
-    return [text for key in sorted(sampled.texts) if (text := corpus_reader.clean(sampled.texts[key]))]
+    return [text for key in sorted(sampled.texts) if (text := clean(sampled.texts[key]))]
 
 
 def chunks(text):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoints
 import config
-import corpora
+import readers
 import runtime
 from model import Model, empty_caches, loss_rows
 
@@ -113,10 +113,10 @@ def read_questions(path):
     {reason: [lines]} of the rows that are left out. Columns go by the header, without one they are MMLU's.
     """
     with open(path, "rb") as f:
-        encoding = corpora.encoding_of(f)
-        text = b"".join(corpora.blocks(f, [])).decode(encoding, "replace").removeprefix("\ufeff")
-    if "\0" in text:
-        raise SystemExit(f"{path}: neither UTF-8 nor GB18030 text, UTF-16 perhaps; save it as UTF-8")
+        problems = []
+        text = b"".join(readers.blocks(f, problems)).decode("utf-8", "replace")
+    if problems:
+        raise SystemExit(f"{path}: {problems[0]}")
     rows, bad, reader = [], {}, csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         line = reader.line_num + 1

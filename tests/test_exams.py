@@ -308,19 +308,19 @@ def test_files_without_answers_are_answered_for_submission(exam, header, blank, 
     assert "shots dropped for lack of room: 0 by letter and 0 by text of 6 each" in sat.page
 
 
-def test_gbk_and_a_byte_order_mark_are_read_and_utf_16_is_refused_in_a_sentence(tmp_path):
+def test_encodings_are_detected_and_an_archive_is_refused_in_a_sentence(tmp_path):
     path = tmp_path / "logic_val.csv"
     text = "".join(",".join(map(str, row)) + "\r\n" for row in [HEADER, *numbered(GOOD)])
     path.write_bytes(text.encode("utf-8"))
     questions, bad = exams.read_questions(str(path))
     assert not bad and [[q[c] for c in ("question", *LETTERS, "answer")] for q in questions] == GOOD
-    for encoding in ("gbk", "utf-8-sig"):
+    for encoding in ("gbk", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
         assert exams.read_questions(str(path)) == (questions, {})
     path.write_bytes(text.encode("utf-8").replace("山上".encode(), b"\xe5\xb1"))
     assert exams.read_questions(str(path)) == ([questions[0], questions[2]], {"broken characters": [3]})
-    path.write_bytes(text.encode("utf-16"))
-    with pytest.raises(SystemExit, match="logic_val.csv.*UTF-16"):
+    path.write_bytes(b"PK\3\4" + bytes(99))
+    with pytest.raises(SystemExit, match="logic_val.csv.*zip archive"):
         exams.read_questions(str(path))
     path.write_text("id,question,A,B,C,answer\n0,问,一,二,三,A\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="logic_val.csv.*D are needed"):

@@ -6,11 +6,13 @@
 """
 import ast
 import base64
+import bz2
 import contextlib
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -32,9 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import checkpoints                                                                           # noqa: E402
 import config                                                                                # noqa: E402
+import cleaning                                                                              # noqa: E402
 import corpora                                                                               # noqa: E402
 import prepare_pretrain                                                                      # noqa: E402
 import prepare_sft                                                                           # noqa: E402
+import readers                                                                               # noqa: E402
 import tokenizer                                                                             # noqa: E402
 from conftest import story, train_tokenizer, write_meta                                      # noqa: E402
 from corpora import CHAT, TEXT, Bad                                                          # noqa: E402
@@ -142,14 +146,16 @@ FORMATS = {                                                            # name: (
     "array by lines": (lambda rs: "[\n" + ",\n".join(map(dump, rs)) + "\n]", ".json"),
     "csv": (as_csv, ".csv"), "tsv": (lambda rs: as_csv(rs, "\t"), ".tsv"), "csv gbk": (as_csv, ".csv"),
     "csv gb18030": (as_csv, ".csv"), "txt": (lambda rs: "\n\n".join(map(str, rs)), ".txt"),
-    "txt gb18030": (lambda rs: "\n".join(map(str, rs)), ".txt")}
+    "txt gb18030": (lambda rs: "\n".join(map(str, rs)), ".txt"), "csv utf-16": (as_csv, ".csv"),
+    "jsonl gb18030": (lambda rs: lines(rs, ensure_ascii=False), ".jsonl"), "jsonl utf-16": (lines, ".jsonl"),
+    "array utf-16": (lambda rs: dump(rs, ensure_ascii=False), ".json")}
 if find_spec("pyarrow"):
     FORMATS["parquet"] = as_parquet, ".parquet"
 
 
 def as_bytes(form, records):
     content = FORMATS[form][0](records)
-    encoding = form.split()[-1] if form.endswith(("gbk", "gb18030")) else "utf-8"
+    encoding = form.split()[-1] if form.endswith(("gbk", "gb18030", "utf-16")) else "utf-8"
     handler = "surrogatepass" if encoding == "utf-8" else "replace"
     return content if isinstance(content, bytes) else content.encode(encoding, handler)
 
@@ -180,9 +186,11 @@ def compress(rng, data):
     """(the bytes, perhaps compressed, the suffix for that)."""
     if rng.random() < 0.75:
         return data, ""
-    if find_spec("zstandard") and rng.random() < 0.5:
+    if find_spec("zstandard") and rng.random() < 0.4:
         import zstandard
         return zstandard.compress(data), ".zst"
+    if rng.random() < 0.4:
+        return rng.choice([(bz2.compress(data), ".bz2"), (lzma.compress(data), ".xz")])
     return gzip.compress(data[:99]) + gzip.compress(data[99:]), ".gz"
 
 
@@ -198,7 +206,7 @@ def check_text(t):
     """A clean text: nothing in it that cannot be seen or written, and nothing left to clean."""
     t.encode("utf-8")
     assert not [c for c in t if unicodedata.category(c) in ("Cc", "Cs", "Co") and c not in "\n\t" and ord(c) < 0xF900], repr(t)
-    assert corpora.normalise(t) == t, repr(t)
+    assert cleaning.normalise(t) == t, repr(t)
 
 
 def check_codes(toks, t):
@@ -235,7 +243,7 @@ def used_or_counted(table, name, record, toks):
         return str(bad)
     if table is TEXT:
         check_text(result)
-        assert corpora.quality(result) is None
+        assert cleaning.quality(result) is None
     else:
         assert [m["role"] for m in result if m["role"] != "system"] == ["user", "assistant"] * (len(result) // 2)
         assert all(m["content"].strip() for m in result)
@@ -249,26 +257,26 @@ def used_or_counted(table, name, record, toks):
 
 def any_file(rng, folder, toks):
     """A damaged file of any format, through every data set of both tables."""
-    form, block, longest = rng.choice(list(FORMATS)), corpora.BLOCK, corpora.MAX_RECORD
+    form, block, longest = rng.choice(list(FORMATS)), readers.BLOCK, readers.MAX_RECORD
     records = [record(rng) for _ in range(rng.randrange(1, 9))]
     records = [spoil(rng, r) if rng.random() < 0.3 else r for r in records]
     data, packed = compress(rng, as_bytes(form, records))
     for _ in range(rng.randrange(5)):
         data = mutate(rng, data)
-    suffix = FORMATS[form][1] if rng.random() < 0.7 else rng.choice([*corpora.SUFFIXES, ""])
+    suffix = FORMATS[form][1] if rng.random() < 0.7 else rng.choice([*readers.SUFFIXES, ""])
     path = write(folder, f"any{suffix}{packed if rng.random() < 0.8 else ''}", data)
-    corpora.BLOCK = rng.choice([1 << 20, 1 << 20, 50, 16])
-    corpora.MAX_RECORD = rng.choice([1 << 28, 1 << 28, 300])
+    readers.BLOCK = rng.choice([1 << 20, 1 << 20, 50, 16])
+    readers.MAX_RECORD = rng.choice([1 << 28, 1 << 28, 300])
     outcomes = Counter()
     try:
         for table in TEXT, CHAT:
             for cut in sorted({data_set.cut for data_set in table.values()}):
-                for found in corpora.records(path, cut):
+                for found in readers.records(path, cut):
                     outcomes.update(used_or_counted(table, name, found, toks) for name in table if table[name].cut == cut)
     except SystemExit as stopped:                                      # a package that is not installed
         assert isinstance(stopped.code, str) and stopped.code.startswith(path) and "\n" not in stopped.code
     finally:
-        corpora.BLOCK, corpora.MAX_RECORD = block, longest
+        readers.BLOCK, readers.MAX_RECORD = block, longest
     return outcomes
 
 
@@ -276,7 +284,7 @@ def whole_file(rng, folder, toks):
     """An undamaged file of any format gives exactly its records."""
     form = rng.choice([name for name in FORMATS if name != "parquet"])
     records = [sound(record(rng)) for _ in range(rng.randrange(1, 9))]
-    clean = lambda value: corpora.clean(value) or "空"                  # nothing that GBK or CSV cannot hold
+    clean = lambda value: cleaning.clean(value) or "空"                  # nothing that GBK or CSV cannot hold
     if FORMATS[form][1] in (".csv", ".tsv"):
         records = [{"ask": clean(text(rng)), "answer": clean(text(rng, 0))} for _ in records]
     if FORMATS[form][1] == ".txt":
@@ -285,8 +293,9 @@ def whole_file(rng, folder, toks):
         records = [{k: v.encode("gbk", "ignore").decode("gbk") or "空" for k, v in r.items()} for r in records]
     before = [b"", b"", b"\n", b"\r\n"]
     before += [b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"] * (not form.endswith(("gbk", "gb18030")))
+    before = [b""] if form.endswith("utf-16") else before
     data, packed = compress(rng, rng.choice(before) + as_bytes(form, records))
-    found = list(corpora.records(write(folder, f"whole{FORMATS[form][1]}{packed}", data)))
+    found = list(readers.records(write(folder, f"whole{FORMATS[form][1]}{packed}", data)))
     assert found == records, (form, [(a, b) for a, b in zip(found, records) if a != b][:1] or (len(found), len(records)))
     return Counter(used=len(found))
 
@@ -315,12 +324,12 @@ def one_bad_record(rng, folder, toks):
     end = rng.choice([b"\n", b"\r\n"]) if at_line_starts else b""
     data = end.join(parts) if form == "lines" else b"[" + end + (b"," + end).join(parts) + end + b"]"
     data, packed = compress(rng, data)
-    path, block = write(folder, f"one{rng.choice(['.json', '.jsonl'])}{packed}", data), corpora.BLOCK
-    corpora.BLOCK = rng.choice([1 << 20, 50, 16])
+    path, block = write(folder, f"one{rng.choice(['.json', '.jsonl'])}{packed}", data), readers.BLOCK
+    readers.BLOCK = rng.choice([1 << 20, 50, 16])
     try:
-        found = list(corpora.records(path))
+        found = list(readers.records(path))
     finally:
-        corpora.BLOCK = block
+        readers.BLOCK = block
     ids = {r["id"] for r in records}
     got = [r for r in found if isinstance(r, dict) and r.get("id") in ids]
     assert got == records, f"{len(got)} of {len(records)} with {broken[-100:]} at {at} of {data[:300]}"
@@ -330,13 +339,13 @@ def one_bad_record(rng, folder, toks):
 def any_text(rng, folder, toks):
     """A text through cleaning, quality and the tokenizers."""
     t = text(rng, 0.9)
-    check_text(corpora.normalise(t))
-    cleaned = corpora.clean(t)
+    check_text(cleaning.normalise(t))
+    cleaned = cleaning.clean(t)
     check_text(cleaned)
     if not set("<&") & set(cleaned):                                    # else a page shows &lt;b&gt;, which is <b>, as text
-        assert corpora.clean(cleaned) == cleaned, (t, cleaned, corpora.clean(cleaned))
+        assert cleaning.clean(cleaned) == cleaned, (t, cleaned, cleaning.clean(cleaned))
     check_codes(toks, t)
-    return Counter([corpora.quality(cleaned) or "used"])
+    return Counter([cleaning.quality(cleaned) or "used"])
 
 
 def any_dialogue(rng, folder, toks):
@@ -376,7 +385,7 @@ def corpus(rng, folder):
         depth = rng.choice([50, 300, 900, 3000])
         parts.insert(rng.randrange(len(parts)), b'{"text": ' + b"[" * depth + b"]" * depth + b"}")
     path = write(folder, "corpus.jsonl", b"\n".join(parts))
-    return path, sum(1 for _ in corpora.records(path))
+    return path, sum(1 for _ in readers.records(path))
 
 
 def prepared_to_pretrain(rng, folder, toks):
@@ -390,7 +399,7 @@ def prepared_to_pretrain(rng, folder, toks):
         for name, value in dict(corpora=spec, tokenizer=toks[0].name, data_dir=str(folder / "bins"), val_fraction=0.3,
                                 dedup=rng.random() < 0.7, workers=2, BATCH_CHARS=999, worker_tokenizer=toks[0]).items():
             patch.setattr(prepare_pretrain, name, value, raising=False)
-        patch.setattr(corpora, "ProcessPoolExecutor", Pool)
+        patch.setattr(readers, "ProcessPoolExecutor", Pool)
         settings = dict(shingle=5, n_permutations=256, seed=1) if prepare_pretrain.dedup else None
         patch.setattr(prepare_pretrain, "worker_settings", settings, raising=False)
         prepare_pretrain.main()
@@ -526,8 +535,8 @@ def test_nothing_that_a_file_holds_is_lost_or_ends_a_run(tmp_path):
 
 def test_texts_that_composing_changes_are_clean_after_one_pass():
     for text in "\u0387" * 9, "天\u1fef气", "问\u037e", "e\u200b\u0301", "\u2126\u212b", "\u2001\u2000一":
-        check_text(corpora.clean(text))
-        assert corpora.clean(corpora.clean(text)) == corpora.clean(text)
+        check_text(cleaning.clean(text))
+        assert cleaning.clean(cleaning.clean(text)) == cleaning.clean(text)
 
 
 @pytest.mark.parametrize("form", ["lines", "array"])
@@ -538,14 +547,14 @@ def test_records_behind_one_that_is_cut_off_inside_a_list_or_before_a_value_are_
     good = [{"id": i, "sections": [{"title": "题", "content": "文"}] * 2} for i in range(9)]
     parts = [damage, *(dump(r, indent=indent) for r in good)]
     data = "\n".join(parts) if form == "lines" else "[\n" + ",\n".join(parts) + "\n]"
-    found = list(corpora.records(write(tmp_path, "a.json", data.encode())))
+    found = list(readers.records(write(tmp_path, "a.json", data.encode())))
     assert [r for r in found if r in good] == good
 
 
 @pytest.mark.parametrize("depth, used", [(5, True), (90, True), (102, False), (600, False), (100_000, False)])
 def test_what_is_nested_too_deeply_to_be_sent_to_a_worker_is_counted(tmp_path, depth, used):
     data = b'{"text": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}\n{}"
-    one, two = corpora.records(write(tmp_path, "a.jsonl", data))
+    one, two = readers.records(write(tmp_path, "a.jsonl", data))
     assert two == {} and isinstance(one, dict) == used
     assert used or str(one) in ("nested too deeply", "broken JSON")
     pickle.loads(pickle.dumps(one))

@@ -191,6 +191,14 @@ def test_the_first_of_many_copies_stays_and_strangers_stay(tmp_path):
     assert not flags[:40].any() and flags[40:].all()
 
 
+def test_copies_that_differ_in_white_space_or_width_only_are_found(tmp_path):
+    text = "小猫说：“你好！”，然后回家了。第二天（星期一），它又来了、又走了。为什么呢？没有人知道。"
+    narrow = text.translate(str.maketrans("：“！”，。（）、？", ':"!",.(),?'))
+    spaced = "\n\n".join(part + "　" for part in text.split("，"))
+    assert near(tmp_path, [text, narrow, text.replace("，", "， "), text.replace("。", "。\n")])[0].tolist() == [False] + [True] * 3
+    assert spaced != text and near(tmp_path, [text.replace("，", ""), spaced])[0].tolist() == [False, True]
+
+
 def test_texts_without_a_shingle_are_not_duplicates_of_each_other(tmp_path):
     texts = ["一", "二三", "四五六七", "八九十百千", "", "甲乙丙", "八九十百千"]
     assert near(tmp_path, texts)[0].tolist() == [False] * 6 + [True]

@@ -271,7 +271,7 @@ def test_one_huge_document_does_not_fill_or_empty_the_sample(tmp_path, monkeypat
     import train_tokenizer
     small, rng = [f"第{i}号故事，" + story(random.Random(i), 9) for i in range(300)], random.Random(0)
     huge = next(text for text in iter(lambda: story(rng, 3000), None)
-                if 0.02 < train_tokenizer.corpus_reader.hash64(text) / 2**64 < 0.1)          # among the first to be drawn
+                if 0.02 < train_tokenizer.hash64(text) / 2**64 < 0.1)          # among the first to be drawn
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in [*small, huge]), encoding="utf-8")
     monkeypatch.setattr(train_tokenizer, "sample_bytes", 60_000)
     train, _ = train_tokenizer.sample(f"text:{tmp_path / 'a.jsonl'}")

@@ -1,0 +1,463 @@
+"""Files -> records, and records -> results by worker processes. Knows no data set.
+
+Nothing in a file ends a run: what cannot be used is yielded as Bad(reason) and counted by callers.
+Files are streamed: memory holds a block and a record, never a file.
+"""
+import bz2
+import codecs
+import csv
+import glob
+import gzip
+import itertools
+import json
+import lzma
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+BLOCK = 1 << 16            # bytes that are read at a time; small, as each JSON error scans them
+MAX_RECORD = 1 << 28       # bytes of the longest record; a longer record counts as broken
+MAX_CELL = 1 << 24         # characters of the longest cell of a CSV file
+MAX_DEPTH = 100            # of nested lists and objects; pickle and other recursion have limits
+CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])          # none of them is in a text
+COMMON = re.compile("[\\s -~\u2010-\u2030\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")     # what is read of a folder
+PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
+ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
+            b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Office file"}
+
+
+class Bad(Exception):
+    """A record that cannot be used: Bad(reason) or Bad(reason, example).
+
+    Two of the same reason are equal, so a Counter of them shows the first example.
+    """
+
+    def __str__(self):
+        return "; ".join(self.args)
+
+    def __eq__(self, other):
+        return isinstance(other, Bad) and self.args[0] == other.args[0]
+
+    def __hash__(self):
+        return hash(self.args[0])
+
+
+def files_at(path):
+    """The files of a name, a folder (with those below it, but no hidden ones) or a pattern."""
+    found, seen = [], set()
+    if not os.path.isdir(path):
+        found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+    else:
+        for folder, inner, names in os.walk(path, followlinks=True):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            if os.path.realpath(folder) in seen:     # a link to a folder above would go on for ever
+                inner.clear()
+            seen.add(os.path.realpath(folder))
+            found += [os.path.join(folder, name) for name in names if not name.startswith(".")
+                      and bare(name).endswith(SUFFIXES)]
+    once = {os.path.realpath(file): file for file in sorted(found, reverse=True)}
+    return sorted(file for file in once.values() if os.path.isfile(file))
+
+
+def bare(name):
+    """The name in lower case, without the suffix of a compression."""
+    return re.sub(r"\.(gz|bz2|xz|zst)$", "", name.lower())
+
+
+def records(path, cut="line", progress=None):
+    """Yield the records of a file: dicts of JSON, CSV and parquet, str of text files, Bad.
+
+    Compression, format and encoding are told by the content where possible, not by the name.
+    cut: where a document of a text file ends: "line", "blank" (at blank lines) or "file"; the last
+    two force plain text. progress(n) is called now and then with n more bytes of the file read.
+    Raises SystemExit if the file cannot be opened.
+    """
+    try:
+        raw = open(path, "rb")
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be opened ({error.strerror})") from None
+    problems, seen = [], 0                            # problems: what a reader finds beside records
+    with raw:
+        for record in itertools.chain(reader(raw, cut, problems), problems):
+            if is_deeper(record, MAX_DEPTH):
+                yield Bad("nested too deeply")
+            else:
+                yield from inner_records(record)
+            if progress and raw.tell() > seen:
+                progress(raw.tell() - seen)
+                seen = raw.tell()
+        if progress:
+            progress(os.path.getsize(path) - seen)
+
+
+def is_deeper(value, depth):
+    """Whether lists and objects are nested more than `depth` deep."""
+    if not isinstance(value, (dict, list)) or depth == 0:
+        return isinstance(value, (dict, list))
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, (dict, list)) and is_deeper(part, depth - 1):    # no call for strings
+            return True
+    return False
+
+
+def inner_records(record):
+    """The objects of an inner list, as [[{...}], [{...}]] has; but turns of a dialogue stay one."""
+    if isinstance(record, list) and record and all(
+            isinstance(item, dict) and not item.keys() & {"role", "from"} for item in record):
+        return record
+    return [record]
+
+
+def reader(raw, cut, problems):
+    """The iterator over records that fits the content of an open file."""
+    if raw.peek(4)[:4] == b"PAR1":
+        return parquet_records(raw.name, problems)
+    name, data = bare(raw.name), blocks(raw, problems)
+    if name.endswith((".csv", ".tsv")) and cut == "line":
+        return csv_records(data, "\t" if name.endswith(".tsv") else ",", problems)
+    first = take(data, BLOCK, b"\n")
+    looks_like_json = re.match(rb'\s*(\{\s*["}]|\[\s*[\[{"\]])', first)
+    data = itertools.chain([first], data)
+    if cut != "line" or not (looks_like_json or name.endswith((".json", ".jsonl"))):
+        return text_records(data, cut, problems)
+    return json_records(first, data, problems)
+
+
+def optional_package(name, path):
+    """Import a package that only some formats need; SystemExit says what to install without it."""
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError:
+        package = name.partition(".")[0]
+        raise SystemExit(f"{path}: reading this format needs a package: pip install {package}"
+                         ) from None
+
+
+# ---- bytes: compression and encoding -------------------------------------------------------------
+
+def blocks(raw, problems):
+    """Yield the content of an open file in blocks of UTF-8, unpacked and decoded."""
+    magic, data = raw.peek(8)[:8], unpacked(raw, problems)
+    kind = next((kind for start, kind in ARCHIVES.items() if magic.startswith(start)), None)
+    head = b"" if kind else take(data, 4096)
+    if head[257:262] == b"ustar":
+        kind = "tar archive"
+    while not kind and head and not (encoding := encoding_of(head)):
+        yield head                                    # ASCII is the same in all encodings
+        head = take(data, 4096)
+    if not kind and head and encoding == "binary":
+        kind = "binary file"
+    if kind:
+        problems.append(Bad(f"{kind}, not text: unpack or convert it first"))
+    elif head and encoding == "utf-8":
+        yield head.removeprefix(codecs.BOM_UTF8)
+        yield from data
+    elif head:
+        decode = codecs.getincrementaldecoder(encoding)("replace").decode
+        for block in itertools.chain([head], data):
+            yield decode(block).encode("utf-8")
+        yield decode(b"", True).encode("utf-8")
+
+
+def take(data, n, stop=b"\0\0\0\0"):
+    """The next n bytes or a little more; fewer where the data end, or a block holds `stop`."""
+    parts, size = [], 0
+    for block in data:
+        parts.append(block)
+        size += len(block)
+        if size >= n or stop in block:
+            break
+    return b"".join(parts)
+
+
+def encoding_of(block):
+    """The encoding that fits the bytes best; None for plain ASCII, "binary" for what is no text."""
+    n, zeros = len(block), block.count(0)
+    high = block.translate(None, bytes(range(128)))
+    broken = block.decode("utf-8", "replace").count("\ufffd") * 5 > len(high)   # more than some
+    if block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if broken and (zeros or 2 * len(high) > n):
+            return "utf-16"
+    elif 200 * zeros > n and (8 * zeros > n or 4 * len(high) > n):
+        for encoding in "utf-16-le", "utf-16-be":
+            text = block.decode(encoding, "replace")
+            if len(COMMON.sub("", text)) < 0.1 * len(text):
+                return encoding
+    if n - len(block.translate(None, CONTROLS)) > n / 10:
+        return "binary"
+    if not high:
+        return None
+    if broken:                            # of which encoding are these frequent characters?
+        pairs = re.findall(rb"[\x81-\xfe][\x40-\x7e\x80-\xfe]", block)
+        gb = sum(0xA1 <= a <= 0xD7 and b >= 0xA1 for a, b in pairs)
+        big5 = sum(0xA1 <= a <= 0xC6 and not 0x7F <= b < 0xA1 for a, b in pairs)
+        if max(gb, big5) > 0.3 * len(pairs):
+            return "big5hkscs" if big5 > 1.1 * gb else "gb18030"
+    return "utf-8"
+
+
+def unpacked(raw, problems):
+    """Yield the bytes of a plain, .gz, .bz2, .xz or .zst file, as far as it can be unpacked."""
+    raw.seek(0)
+    magic = raw.peek(6)[:6]
+    package = next((module for start, module in PACKED.items() if magic.startswith(start)), None)
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+        data = unpacked_zst(raw)
+    else:
+        file = package.open(raw) if package else raw
+        data = iter(lambda: file.read1(BLOCK), b"")
+    try:
+        yield from data
+    except EOFError:
+        problems.append(Bad("truncated compression"))
+    except (OSError, zlib.error, lzma.LZMAError):
+        problems.append(Bad("broken compression"))
+
+
+def unpacked_zst(raw):
+    """Yield the bytes of a .zst file. Raises EOFError if it is truncated, OSError if broken."""
+    zstandard = optional_package("zstandard", raw.name)
+    frame = None
+    for packed in iter(lambda: raw.read(1 << 10), b""):             # 1 KB can hold 32 MB of zeros
+        while packed:                                               # a file may hold several frames
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                data = frame.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            yield from (data[i:i + BLOCK] for i in range(0, len(data), BLOCK))
+            packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError
+
+
+def lines(data, problems):
+    """Yield the lines of blocks of bytes, without their line feed."""
+    parts, size = [], 0                               # of a line that goes on in the next block
+    for block in data:
+        head, found, rest = block.partition(b"\n")
+        parts.append(head)
+        size += len(head)
+        if found:
+            yield b"".join(parts)
+            *whole, last = rest.split(b"\n")
+            yield from whole
+            parts, size = [last], len(last)
+        elif size > MAX_RECORD:
+            problems.append(Bad("record too long"))
+            parts, size = [], 0
+    if any(parts):
+        yield b"".join(parts)
+
+
+# ---- formats -------------------------------------------------------------------------------------
+
+def json_records(first, data, problems):
+    """Yield the values of JSONL, of a JSON array, or of JSON objects in sequence, pretty or not."""
+    line, scan = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).raw_decode
+    try:
+        per_line = isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        per_line = False
+    if not per_line:
+        yield from json_stream(data)
+        return
+    for line in lines(data, problems):
+        if not line.isspace() and line:
+            text = line.decode("utf-8", "replace").strip(" \t\r\n")
+            try:
+                value, end = scan(text)
+            except (ValueError, RecursionError):
+                value, end = None, -1
+            yield value if end == len(text) else Bad("broken JSON")
+
+
+def json_stream(data):
+    """Yield JSON values however separated; after a broken one, go on at the next object."""
+    # Control characters become blanks, except the line feed: inside a string it is the surest sign
+    # of a broken record
+    blank = bytes(32 if i < 32 and i != 10 else i for i in range(256))
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    scan, separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    next_object = re.compile(r"\n[ ,]*(?=\{)|\}[ ,]*(?=\{)")
+
+    def read(n):                                      # about n more characters, "" at the end
+        got = []
+        while n > 0 and (block := next(data, b"")):
+            got.append(decode(block.translate(blank)))
+            n -= len(got[-1])
+        return "".join(got)
+
+    text, pos, indent, in_array, ended, value = "", 0, "", False, False, None
+    while True:
+        if gap := separators.match(text, pos)[0]:
+            pos, indent = pos + len(gap), gap.rpartition("\n")[2]
+        if text[pos:pos + 1] == ("]" if in_array else "["):
+            pos, in_array = pos + 1, not in_array
+            continue
+        try:
+            found, end = scan(text, pos)
+            cut_off = end == len(text)                # 12 may become 123
+        except json.JSONDecodeError as error:
+            found, end = Bad("broken JSON"), error.pos
+            cut_off = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+        except (ValueError, RecursionError):          # 5,000 digits, or a thousand open brackets
+            found, end, cut_off = Bad("broken JSON"), pos, False
+        if cut_off and not ended and len(text) - pos < MAX_RECORD:
+            more = read(max(BLOCK, len(text) - pos))  # doubling, so that long records stay linear
+            text, pos, ended = text[pos:] + more, 0, not more
+            continue
+        if pos == len(text):
+            if in_array and not isinstance(value, Bad):
+                yield Bad("JSON array without an end")
+            return
+        value = found
+        yield value
+        if isinstance(value, Bad):
+            # An open bracket hides what follows. Go back to the first line that begins as this
+            # value does, or to the line of the break, or go on behind it
+            start = text.find(f"\n{indent}{{", pos + 1, end + 1)
+            if start < 0:
+                start = max(text.rfind("\n", pos, end + 1), pos + 1)
+                start = start if text[start:start + 1] == "\n" else max(end, pos + 1)
+            while not (following := next_object.search(text, start)) and not ended:
+                more = read(BLOCK)
+                text, start, ended = text[-1:] + more, 0, not more
+            end = following.end() if following else len(text)
+        pos = end
+
+
+def csv_records(data, delimiter, problems):
+    """Yield the rows of CSV as {column: field}; fields may contain line feeds and quotes.
+
+    A quote that is never closed spoils its own row only: what follows is read again.
+    """
+    source = (line.decode("utf-8", "replace").replace("\0", "") + "\n"
+              for line in lines(data, problems))
+    csv.field_size_limit(MAX_CELL)
+    taken, columns, repeats = [], None, 0             # taken: lines of this row, None at the end
+
+    def rows_of(source):
+        def noted():
+            for line in source:
+                taken.append(line)
+                yield line
+            taken.append(None)
+        return csv.reader(noted(), delimiter=delimiter)
+
+    rows = rows_of(source)
+    while True:
+        taken.clear()
+        try:
+            row = next(rows)
+            whole = taken[-1] is not None             # else the file ended inside quotes
+        except StopIteration:
+            return
+        except csv.Error:
+            row, whole = [], False
+        if not whole:
+            yield Bad("broken CSV")
+            if taken[1:-1] and repeats < 100:         # a bound for files that are all quotes
+                repeats += 1
+                source = itertools.chain(filter(None, taken[1:]), source)
+                rows = rows_of(source)
+        elif not columns:
+            columns = [column.strip() for column in row]
+        elif row:
+            fits = len(row) >= len(columns) and not any(row[len(columns):])
+            yield dict(zip(columns, row)) if fits else Bad("broken CSV")
+
+
+def text_records(data, cut, problems):
+    """Yield the documents of a text: a line, what stands between blank lines, or everything."""
+    document, size = [], 0
+    for line in lines(data, problems):
+        line = line.decode("utf-8", "replace").rstrip()
+        document.append(line)
+        size += len(line)
+        if cut == "line" or cut == "blank" and not line or size > MAX_RECORD // 4:
+            if size:
+                yield "\n".join(document)
+            document, size = [], 0
+    if size:
+        yield "\n".join(document)
+
+
+def parquet_records(path, problems):
+    """Yield the rows of a parquet file as dicts, without dates and times.
+
+    No text is in those, and Python has no room for all of them, as for the year 10000.
+    """
+    parquet = optional_package("pyarrow.parquet", path)
+    try:
+        file = parquet.ParquetFile(path)
+        leaves = (file.schema.column(i) for i in range(len(file.schema)))
+        columns = [leaf.path for leaf in leaves if leaf.physical_type != "INT96"
+                   and leaf.logical_type.type not in ("DATE", "TIME", "TIMESTAMP")]
+        for batch in file.iter_batches(batch_size=512, columns=columns):
+            try:
+                yield from batch.to_pylist()
+            except ValueError:                        # invalid UTF-8 in some row
+                for i in range(batch.num_rows):
+                    try:
+                        yield from batch.slice(i, 1).to_pylist()
+                    except ValueError:
+                        yield Bad("broken parquet")
+    except (ValueError, OSError):                     # ArrowInvalid is a ValueError
+        problems.append(Bad("broken parquet"))
+
+
+# ---- worker processes ----------------------------------------------------------------------------
+
+def in_order(function, items, n_workers, begin, *arguments):
+    """Yield function(item) of every item, in order, from processes that called begin(*arguments).
+
+    A few items are in progress at a time, so that reading does not run ahead of the workers. With
+    one worker all happens in this process. Raises SystemExit if a worker dies.
+    """
+    if n_workers == 1:
+        begin(*arguments)
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")    # the same everywhere, and safe with threads
+    pool = ProcessPoolExecutor(n_workers, context, start_worker, (begin, arguments))
+    waiting = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * n_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise SystemExit("a worker process died, most likely for want of memory; try a smaller "
+                         f"--workers (it was {n_workers})") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker(begin, arguments):
+    """Prepare a worker: Ctrl-C is for the main process, and a worker ends when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main_process = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
+    begin(*arguments)
+
+
+@contextmanager
+def interruptible(folder):
+    """Let SIGTERM clean up as Ctrl-C does, and both end in one sentence."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; what {folder} held before is untouched, "
+                         "run the same command again") from None
