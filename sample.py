@@ -28,6 +28,7 @@ repetition_penalty = 1.0                # above 1: tokens that have occurred bec
 seed               = 1337               # of the draws; 0: different every time
 device             = "auto"             # auto | cuda | mps | cpu
 dtype              = "auto"             # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
+compile            = False              # torch.compile a step: seconds at the start, faster long texts
 config.override(globals())
 
 
@@ -96,6 +97,8 @@ def main():
     runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
+    if compile:
+        model.compile_generation()
     generator = torch.Generator(where)
     generator.manual_seed(seed) if seed else generator.seed()
     text = prompt

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import pickle
 import random
 import sys
@@ -42,7 +41,8 @@ import readers                                                                  
 import tokenizer                                                                             # noqa: E402
 from conftest import story, train_tokenizer, write_meta                                      # noqa: E402
 from corpora import CHAT, TEXT, Bad                                                          # noqa: E402
-from model import Model, ModelConfig, make_optimizers                                        # noqa: E402
+from model import Model, ModelConfig                                                         # noqa: E402
+from optim import make_optimizers                                                            # noqa: E402
 
 cases = 400    # how many
 seed  = 1      # of all of them; a case depends on the seed and its own number only

@@ -56,6 +56,11 @@ def test_a_pretrained_model_continues_the_prompt(say, tok, checkpoints):
     assert "tokens/s" in said.err
 
 
+def test_compiled_steps_say_the_same(say):
+    plain, compiled = (say("pretrain", prompt="从前，小猫", compile=choice).out for choice in (False, True))
+    assert compiled == plain
+
+
 def test_a_fine_tuned_model_answers_the_prompt(say, tok, checkpoints):
     said = say("sft", prompt="你是谁？", temperature=0.0)
     expected = continuation(checkpoints[1], tok, tok.prompt([{"role": "user", "content": "你是谁？"}]), 12, tok.stop_ids)

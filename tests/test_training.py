@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, dialogue, run, story, write_meta, write_pretrain, write_sft
+from conftest import ROOT, dialogue, run, story, write_pretrain, write_sft
 
 import checkpoints
 import config
