@@ -426,7 +426,7 @@ def prepared_to_fine_tune(rng, folder, toks):
             patch.setattr(prepare_sft, name, value)
         batches = prepare_sft.batches
         patch.setattr(prepare_sft, "batches", lambda: map(pickle.loads, map(pickle.dumps, batches())))
-        splits, by_corpus = prepare_sft.write(files, prepare_sft.results(1))
+        splits, by_corpus, _ = prepare_sft.write(files, prepare_sft.results(1))
     reasons = Counter()
     for row in by_corpus.values():
         assert row["records"] == n == row["examples"] + sum(row["dropped"].values())
