@@ -463,7 +463,7 @@ def test_a_folder_given_to_a_stage_is_answered_with_the_command_that_imports_it(
         if script in ("pretrain.py", "sft.py") else []
     done = run(script, tmp_path, f"--{constant}={folder}", *data)
     assert done.rc == 1 and done.err.count("\n") == 1, done.err
-    assert f"python -m extras.import_weights --source={folder}" in done.err and not list(tmp_path.iterdir())
+    assert f"python -m extras.import_weights --source={folder}" in done.err and not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
