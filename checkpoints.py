@@ -104,7 +104,7 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
 
 
 def data_hash(meta):
-    """A short text that differs between two preparations of data; "" where there are no checksums."""
+    """A short text that differs between two preparations; "" where there are no checksums."""
     sums = sorted((name, crc) for name, crc in meta["crc32"].items() if "test" not in name)
     return f"{zlib.crc32(json.dumps(sums).encode()):08x}" if sums else ""
 
@@ -133,9 +133,9 @@ def load(path, device="cpu"):
             if archive.testzip():
                 raise ValueError
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                                # a damaged file raises almost anything
-        reason = "it holds more than tensors and plain values" if "weights_only" in str(error) else \
-            "not whole"
+    except Exception as error:                                # a damaged file raises anything
+        foreign = "weights_only" in str(error)
+        reason = "it holds more than tensors and plain values" if foreign else "not whole"
         raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
     if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
@@ -153,7 +153,7 @@ def check(state):
         raise ValueError(f"its {wrong!r} is missing or wrong")
     shape, weights = state["shape"], state["model"]
     if unknown := shape.keys() - SHAPE:
-        raise ValueError(f"its network has a {min(map(str, unknown))!r}, which this code does not know")
+        raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
     for name in {**dict.fromkeys(FIRST_SHAPE), **shape}:
         kind = {dict: (dict, type(None))}.get(SHAPE[name].type, (SHAPE[name].type,))
         if not any(is_a(shape.get(name, MISSING), one) for one in kind):
@@ -181,7 +181,7 @@ def check(state):
 
 
 def is_finite(tensor):
-    """Whether all numbers are finite; the extremes are NaN if any is, and cost less than isfinite()."""
+    """Whether all numbers are finite. If one is NaN, so are the extremes: cheaper than isfinite()."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -192,7 +192,7 @@ def fingerprint(path):
 
 
 def load_with_tokenizer(path, tokenizer=""):
-    """The checkpoint of load() and its tokenizer: that at `tokenizer`, or where the checkpoint says.
+    """The checkpoint of load() and its tokenizer: at `tokenizer`, or where the checkpoint says.
 
     SystemExit if it is not the one that the model was trained with.
     """
@@ -211,9 +211,11 @@ def read_constants(path, constants):
     which open_run() refuses.
     """
     try:
-        earlier = torch.load(path, weights_only=True, mmap=True)["constants"]      # reads no weights
+        # mapped: the weights are not read
+        earlier = torch.load(path, weights_only=True, mmap=True)["constants"]
         return {name: value for name, value in earlier.items()
-                if name not in ("out_dir", "resume", "overwrite") and type(value) is type(constants.get(name))}
+                if type(value) is type(constants.get(name))
+                and name not in ("out_dir", "resume", "overwrite")}
     except Exception:
         return {}
 
@@ -242,7 +244,8 @@ def open_run(out_dir, resume, overwrite, stage, identity):
     if wrong := has(saved, RESUMABLE):
         raise SystemExit(f"{path}: cannot be resumed, its {wrong!r} is missing or wrong")
     # a constant that is younger than the run had its default; younger checks are left out
-    then = {**identity, **{name: field.default for name, field in SHAPE.items()}, **saved["identity"]}
+    defaults = {name: field.default for name, field in SHAPE.items()}
+    then = {**identity, **defaults, **saved["identity"]}
     if differ := [f"{name} (then {then[name]}, now {value})" for name, value in identity.items()
                   if repr(then[name]) != repr(value)]:         # it may hold anything, tensors too
         raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
@@ -274,13 +277,12 @@ def restore(saved, model, optimizers, scaler):
         except Exception:                                     # it looks at nothing before use
             fits = False
         if not fits:
-            raise SystemExit("last.pt: refused: the state of its optimizer does not fit its network")
+            raise SystemExit("last.pt: refused: the state of its optimizer does not fit the network")
         for group, constants in zip(optimizer.param_groups, rates):
             group.update(constants)            # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
-        wrong = has(saved["scaler"], {"scale": float, "growth_factor": float, "backoff_factor": float,
-                                      "growth_interval": int, "_growth_tracker": int})
-        if wrong:
+        floats = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
+        if wrong := has(saved["scaler"], {**floats, "growth_interval": int, "_growth_tracker": int}):
             raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
         scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"], saved["skipped"]
@@ -298,7 +300,7 @@ def refuse_to_save_nan(model, step, out_dir):
 # the log
 
 class Log:
-    """log.csv, a row per step, written by the main process; after resuming no step is there twice."""
+    """log.csv, a row per step, written by the main process; resuming repeats no step."""
 
     def __init__(self, path, last_step, process):
         self.file = None

@@ -1,4 +1,5 @@
-"""Constants at the top of a script, changed from the command line; files that are either whole or absent.
+"""Constants at the top of a script, changed from the command line; output that ends no run; files
+that are either whole or absent.
 
 Every script of this project begins with a block of constants:
 
@@ -7,9 +8,9 @@ Every script of this project begins with a block of constants:
     out_dir = "out/pretrain"  # checkpoint, log.csv, curve.png
     constants = config.override(globals())
 
-`python pretrain.py --lr=1e-3 --compile --out_dir=out/b` changes three of them, `--help` prints all of them with
-the very comments that stand in the file. The values are parsed, never evaluated. No torch in here: the scripts that
-only prepare text start at once.
+`python pretrain.py --lr=1e-3 --compile --out_dir=out/b` changes three of them, `--help` prints all
+with the comments of the file. The values are parsed, never evaluated. No torch in here: the scripts
+that only prepare text start at once.
 """
 import ast
 import difflib
@@ -41,13 +42,15 @@ def override(namespace, argv=None, outlives_reader=False):
         script = f"python -m {module.name}"
     if "--help" in argv or "-h" in argv:
         width = max(len(f"{name}={namespace[name]!r}") for name in source)
-        lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}" for name, comment in source.items()]
-        print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:\n" + "\n".join(lines))
+        lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}"
+                 for name, comment in source.items()]
+        print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:", *lines, sep="\n")
         raise SystemExit(0)
     for i, argument in enumerate(argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
-            raise SystemExit(f"{script}: {argument!r} is not of the form --name=value; see {script} --help")
+            raise SystemExit(f"{script}: {argument!r} is not of the form --name=value; "
+                             f"see {script} --help")
         if name not in source:
             near = difflib.get_close_matches(name, source, n=1)
             hint = f"perhaps --{near[0]}=..." if near else f"see {script} --help"
@@ -72,7 +75,7 @@ def override(namespace, argv=None, outlives_reader=False):
 class Output:
     """Standard output or standard error; its reader may go away, as in `| head`.
 
-    Then a script ends with 141, the exit code of a shell's SIGPIPE, or it goes on unread (outlives).
+    Then a script ends with 141, as a shell reports SIGPIPE, or it goes on unread (outlives).
     """
 
     def __init__(self, stream, outlives):
@@ -123,7 +126,8 @@ def only_watching(what):
     try:
         yield
     except (Exception, SystemExit) as error:
-        print(f"{what}: not shown ({' '.join(str(error).split()) or type(error).__name__})", flush=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{what}: not shown ({reason})", flush=True)
 
 
 def check_range(low, high=math.inf, **constants):
@@ -156,12 +160,13 @@ def parse(text, kind):
 
 
 def constants_of(path):
-    """{name: comment} of the plain constants between the top of the script and its call of override()."""
+    """{name: comment} of the plain constants above the script's call of override()."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.Expr)) and "override(globals())" in lines[node.lineno - 1]:
+        is_call = isinstance(node, (ast.Assign, ast.Expr))
+        if is_call and "override(globals()" in lines[node.lineno - 1]:
             break
         if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
             rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
@@ -239,9 +244,10 @@ def locked(folder):
 
 @contextmanager
 def whole_file(path, mode="w"):
-    """Open a file that takes its name only when it is whole: written aside, flushed to the disk, then renamed.
+    """Open a file that takes its name only when it is whole: written aside, flushed, then renamed.
 
-    Whatever interrupts the writing, `path` holds what it held before. A full disk ends in one sentence.
+    Whatever interrupts the writing, `path` holds what it held before; a full disk ends in one
+    sentence.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     aside = f"{path}.tmp"
@@ -275,10 +281,10 @@ def disk_space(path):
     try:
         yield
     except Exception as error:
-        cause = error                          # torch.save, for one, raises another exception on top
+        cause = error                          # torch.save raises another exception on top
         while cause and getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             cause = cause.__context__
         if cause is None:
             raise
-        raise SystemExit(f"{path}: the disk is full; what was saved before is whole, free some space and run the same "
-                         "command again") from None
+        raise SystemExit(f"{path}: the disk is full; what was saved before is whole, free some "
+                         "space and run the same command again") from None
