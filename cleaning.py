@@ -15,9 +15,9 @@ def characters(*rows):
     return re.compile(pattern), lambda match: table[match[0]]
 
 
-# A rule is (name, hint, pattern, replacement); rules apply in this order. A rule is tried only where
-# its hint occurs; the hint is None where the pattern itself is fast. NORMAL is right for any text,
-# program or poem; WEB is for web pages and would spoil an answer that shows HTML.
+# A rule is (name, hint, pattern, replacement); rules apply in this order. A rule is tried only
+# where its hint occurs; the hint is None where the pattern itself is fast. NORMAL is right for any
+# text, program or poem; WEB is for web pages and would spoil an answer that shows HTML.
 CODE = (
     ("line ends are \\n", None, re.compile("[\r\u2028\u2029\x85]\n?"), "\n"),
     ("the point in ９．０９", re.compile("．"), re.compile("(?<=[０-９])．(?=[０-９])"), "."),
@@ -198,7 +198,7 @@ def n_letters(text):
 
 
 def is_readable(text):
-    """Whether enough is letters and marks, without markup; tables and equations count as letters."""
+    """Whether enough is letters and marks, not markup; tables and equations count as letters."""
     text = MARKUP.sub("", ARITHMETIC.sub("letters", text))
     letters = sum(unicodedata.category(character)[0] in "LM" for character in text)
     return letters >= max(1, MIN_LETTERS * len(text))

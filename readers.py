@@ -28,7 +28,8 @@ MAX_CELL = 1 << 24         # characters of the longest cell of a CSV file
 MAX_DEPTH = 100            # of nested lists and objects; pickle and other recursion have limits
 CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])          # none of them is in a text
 COMMON = re.compile("[\\s -~\u2010-\u2030\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]")
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")     # what is read of a folder
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet",     # what is read of a folder
+            ".zip", ".tar", ".tgz", ".7z", ".rar")                     # and what is refused in it
 PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
             b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Office file"}
@@ -199,7 +200,7 @@ def encoding_of(block):
         pairs = re.findall(rb"[\x81-\xfe][\x40-\x7e\x80-\xfe]", block)
         gb = sum(0xA1 <= a <= 0xD7 and b >= 0xA1 for a, b in pairs)
         big5 = sum(0xA1 <= a <= 0xC6 and not 0x7F <= b < 0xA1 for a, b in pairs)
-        if max(gb, big5) > 0.3 * len(pairs):
+        if 2 * max(gb, big5) > 0.7 * len(high):
             return "big5hkscs" if big5 > 1.1 * gb else "gb18030"
     return "utf-8"
 

@@ -165,6 +165,9 @@ def test_a_few_bad_bytes_do_not_change_the_encoding_and_drop_their_dialogue_only
     rows[3] = rows[3].replace("学校".encode(), b"\xe5\xad")
     found = [d for _, d in dialogues("prompt:" + write(tmp_path / "a.jsonl", b"\n".join(rows)))]
     assert str(found[3]) == "broken characters" and sum(isinstance(d, list) for d in found) == 8
+    data = "prompt,response\n" + "a,b\n" * 9999 + "é,b\n"
+    rows = list(records(write(tmp_path / "c.csv", data.encode() + b"\x81,b\n" + PASSAGE.encode() + b",b\n")))
+    assert [row["prompt"] for row in rows[-3:]] == ["é", "\ufffd", PASSAGE]
     found = list(dialogues("prompt:" + write(tmp_path / "b.csv", "prompt,response\nçà et là,déjà vu à l'été\n".encode("latin-1"))))
     assert [str(d) for _, d in found] == ["broken characters"]
 
@@ -177,6 +180,8 @@ def test_archives_and_binary_files_are_refused_by_name(tmp_path):
         file.add(inner, "文件.jsonl")
     for name, kind in {"a.zip": "zip archive", "a.tar.gz": "tar archive"}.items():
         assert read(tmp_path / name) == ([], [f"{kind}, not text: unpack or convert it first"])
+    found = [str(d) for _, d in documents(f"text:{tmp_path}")]
+    assert len(found) == 9 and sum("archive" in d for d in found) == 2     # also in a folder
     for data in random.Random(0).randbytes(9999), bytes(9999), bytes(range(256)) * 9:
         assert read(write(tmp_path / "a.txt", data)) == ([], ["binary file, not text: unpack or convert it first"])
 
