@@ -21,6 +21,11 @@ import sys
 import zlib
 from contextlib import contextmanager
 
+# PyTorch's threads on a CPU wait for each other in a loop, which on a machine that also does
+# something else takes the time that the others need. This ends the loop soon; it is read when
+# torch is loaded, so that scripts import this file first.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 def override(namespace, argv=None, outlives_reader=False):
     """Change the constants that stand above this call by `--name=value`, and return them as a dict.

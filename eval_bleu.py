@@ -5,6 +5,7 @@
 BLEU (Papineni et al. 2002) as sacrebleu computes it with its `zh` tokenizer. It says how many words an answer shares
 with the reference, not whether it is right: read the table.
 """
+import config                                  # before torch: sets how its threads wait
 import json
 import math
 import os
@@ -15,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-import config
 import corpora
 import runtime
 from model import Model, generate

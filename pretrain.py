@@ -7,6 +7,7 @@
 Writes to out_dir: last.pt (everything that --resume needs), best.pt (the weights with the lowest validation loss),
 log.csv (one row a step), run.json (its speed) and curve.png.
 """
+import config                                  # before torch: sets how its threads wait
 import math
 from contextlib import nullcontext
 
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 
 import checkpoints
-import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, ModelConfig, generate

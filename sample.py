@@ -4,13 +4,13 @@
     python sample.py --prompt=天空为什么是蓝色的？                   one answer
     python sample.py --checkpoint=out/pretrain/best.pt --prompt=从前 --n_samples=3          three continuations
 """
+import config                                  # before torch: sets how its threads wait
 import sys
 import time
 
 import torch
 
 import checkpoints
-import config
 import runtime
 import tokenizer as tokenizers
 from model import Model, generate

@@ -6,6 +6,7 @@
 The loop is that of pretrain.py; `diff pretrain.py sft.py` shows what is different about fine-tuning. Writes to out_dir:
 last.pt (everything that --resume needs), best.pt (the lowest validation loss), log.csv, run.json (its speed), curve.png.
 """
+import config                                  # before torch: sets how its threads wait
 import math
 from contextlib import nullcontext
 
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 
 import checkpoints
-import config
 import runtime
 import tokenizer as tokenizers
 from model import IGNORE, Model, generate

@@ -7,6 +7,7 @@
 Every part runs in a process of its own. A machine's speed drifts: what is compared is measured in turns (A B A B ...),
 and a figure is the median of the turns, or of the ratios of neighbours, with the lowest and the highest beside it.
 """
+import config                                  # before torch: sets how its threads wait
 import datetime
 import json
 import math
@@ -25,7 +26,6 @@ import sentencepiece
 import torch
 
 from checkpoints import load as load_checkpoint, save as save_checkpoint
-import config
 import runtime
 import tokenizer as tokenizers
 from corpora import TEXT, Bad, documents, sources

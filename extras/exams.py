@@ -10,6 +10,7 @@ a small model, which cannot tell letters apart yet, shows there what it knows (G
 Takes the files as they are published: a CSV for each subject, under the folders dev, val and test. Questions without
 an answer in the file are answered for submission, not scored.
 """
+import config                                  # before torch: sets how its threads wait
 import csv
 import io
 import json
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-import config
 import readers
 import runtime
 from model import Model, empty_caches, loss_rows

@@ -7,6 +7,7 @@
 The folder holds config.json, model.safetensors, generation_config.json, the tokenizer with the chat template, and a
 model card. Both forms compute what model.py computes: Llama, with qk_norm Qwen3, with qkv_bias Qwen2.
 """
+import config                                  # before torch: sets how its threads wait
 import importlib
 import json
 import os
@@ -14,7 +15,6 @@ import os
 import torch
 
 import checkpoints
-import config
 import tokenizer as tokenizers
 from extras.huggingface import their_name
 from model import Model, scaled

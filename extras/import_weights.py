@@ -8,13 +8,13 @@ The source is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a .pth 
 baby-llama2-chinese. Such a file holds weights only: width, depth, vocabulary and key/value heads
 are read from them, the constants give the rest. Source: DLLXW/baby-llama2-chinese, model.py.
 """
+import config                                  # before torch: sets how its threads wait
 import os
 import pickle
 import re
 
 import torch
 
-import config
 import checkpoints
 import tokenizer as tokenizers
 from extras import huggingface

@@ -6,6 +6,7 @@ It computes nothing anew: the data are in meta.json, the losses in log.csv and b
 of an evaluation in the first paragraph of the page that it wrote beside the checkpoint, with the fingerprint of that
 checkpoint. Only the samples are drawn now.
 """
+import config                                  # before torch: sets how its threads wait
 import os
 import re
 import shlex
@@ -15,7 +16,6 @@ from statistics import fmean
 import torch
 
 import checkpoints
-import config
 import runtime
 from model import Model, generate
 

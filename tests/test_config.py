@@ -284,3 +284,17 @@ def test_a_folder_has_one_user_and_an_unused_new_one_vanishes(tmp_path):
     with config.only_user_of("out_dir", str(tmp_path / "unused")):
         pass
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "sample", "eval_bleu", "extras.exams", "extras.report",
+                                    "extras.bench"])
+def test_the_threads_of_torch_do_not_wait_in_a_loop(script):
+    """The variable is there before torch, and a user's own value stays."""
+    code = ("import os, sys\nclass Finder:\n    def find_spec(name, *more):\n        if name == 'torch':\n"
+            "            print(os.environ.get('GOMP_SPINCOUNT')); sys.stdout.flush(); os._exit(0)\n"
+            f"sys.meta_path.insert(0, Finder)\nimport {script}")
+    for own, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+        done = subprocess.run([sys.executable, "-c", code], env={**environment, **own}, cwd=ROOT, capture_output=True,
+                              text=True)
+        assert done.stdout.strip() == expected, done.stderr
