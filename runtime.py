@@ -185,9 +185,18 @@ def only_run_in(out_dir):
     return config.only_user_of("out_dir", out_dir) if is_main else nullcontext()
 
 
-def finish():
+def finish(code):
+    """The exit code of a run; one of several processes ends here with it.
+
+    Ending in the usual way could wait for ever: DDP's destructor holds Python's lock while it joins a
+    thread of gloo, and that thread may need the lock to free a tensor.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def total(values, process):
@@ -207,7 +216,7 @@ def check_equal(constants, process):
     dist.all_gather_object(everyone, constants)
     differ = [name for name in constants if any(other.get(name) != everyone[0].get(name) for other in everyone)]
     if differ:
-        finish()
+        dist.destroy_process_group()
         raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the same constants, and "
                          "on several machines with the same files (or one shared folder)")
 

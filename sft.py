@@ -268,8 +268,7 @@ def main():
         print(f"finished at step {max(start, max_steps)}: lowest validation loss {best:.4f} nats per token; {out_dir}/best.pt, {out_dir}/log.csv")
         with config.only_watching("curve"):
             print(runtime.draw_curve(out_dir, f'fine-tuning, {model.n_params() / 1e6:.1f} M parameters'))
-    runtime.finish()
-    return (stop.code or 143) if asked else 0  # a script must not go on to the next stage
+    return runtime.finish((stop.code or 143) if asked else 0)          # stopped: a script must not go on to the next stage
 
 
 if __name__ == "__main__":

@@ -225,6 +225,6 @@ def test_resuming_with_other_numbers_of_processes_and_rows_gives_the_same_losses
     for processes, micro_batch, last in zip((0, 2, 0), micro_batches, (5, 9, 12)):
         done = run(at_step(folder, last - 1, "SIGTERM"), folder, *SETTINGS, "--resume", f"--micro_batch={micro_batch}",
                    torchrun=processes)
-        assert (done.rc == 0) == (last == 12) and f"{max(processes, 1)} x cpu" in done.out, done.err
-        assert last == 12 or f"stopped after step {last}, saved" in done.out
+        assert done.rc != 0 and f"{max(processes, 1)} x cpu" in done.out, done.err       # it was stopped
+        assert f"stopped after step {last}, saved" in done.out
     assert_same_losses(folder, alone)
