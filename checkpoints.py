@@ -187,8 +187,11 @@ def is_finite(tensor):
 
 def fingerprint(path):
     """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:8]
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:8]
 
 
 def load_with_tokenizer(path, tokenizer=""):
