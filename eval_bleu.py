@@ -21,7 +21,7 @@ from model import generate
 
 checkpoint         = "out/sft/best.pt"     # of sft.py
 tokenizer          = ""                    # empty: the one that the checkpoint names
-questions          = "data/sft/test.jsonl" # {"messages": [...]} a line; its last answer is the reference
+questions          = "data/sft/test.jsonl" # {"messages": ...} a line; the last is the reference
 n_questions        = 100                   # take this many from the front of the file; 0: all
 batch_size         = 16                    # questions answered side by side
 max_new_tokens     = 256                   # of an answer at most
@@ -29,7 +29,7 @@ temperature        = 0.0                   # 0: always the most likely token
 repetition_penalty = 1.0                   # above 1: tokens that have occurred become less likely
 out                = ""                    # the table to read; empty: bleu.md beside the checkpoint
 device             = "auto"                # auto | cuda | mps | cpu
-dtype              = "auto"                # auto (bfloat16 where fast) | bfloat16 | float16 | float32
+dtype              = "auto"                # auto (bfloat16 if fast) | bfloat16 | float16 | float32
 config.override(globals())
 
 # Characters that are words by themselves: ideographs, full-width forms, CJK punctuation, symbols.

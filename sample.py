@@ -16,17 +16,17 @@ from tokenizer import StreamDecoder
 
 checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
-prompt             = ""                 # empty: a chat, or with a pretrained model a text from nothing
+prompt             = ""                 # empty: chat; with a pretrained model a new text
 prompt_file        = ""                 # take the prompt from this file instead
 n_samples          = 1                  # answers or continuations to the prompt
-max_new_tokens     = 256                # of an answer at most; it ends earlier where the model ends it
+max_new_tokens     = 256                # of an answer at most; the model may end it earlier
 temperature        = 0.7                # 0: always the most likely token; higher: more varied
 top_k              = 0                  # draw from the k most likely tokens only; 0: from all
 top_p              = 0.9                # draw from the fewest tokens that reach this probability
 repetition_penalty = 1.0                # above 1: tokens that have occurred become less likely
 seed               = 1337               # of the draws; 0: different every time
 device             = "auto"             # auto | cuda | mps | cpu
-dtype              = "auto"             # auto (bfloat16 where fast) | bfloat16 | float16 | float32
+dtype              = "auto"             # auto (bfloat16 if fast) | bfloat16 | float16 | float32
 compile            = False              # torch.compile a step: slow start, then faster
 config.override(globals())
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import checkpoints
 import readers
 import runtime
-from model import Model, empty_caches, loss_rows
+from model import empty_caches, loss_rows
 
 checkpoint  = "out/sft/best.pt"  # of sft.py: asked through the chat template; of pretrain.py: as text to continue
 tokenizer   = ""                 # empty: the one that the checkpoint names
@@ -370,11 +370,8 @@ def main():
                          "the Hugging Face hub, and --data_dir= names the folder that holds dev, val and test")
     if shots and not any(examples.values()):
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; --shots=0 asks without")
-    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
-    where = runtime.start(device).device
-    torch.set_float32_matmul_precision("highest")             # start() allows TF32, whose 10 bits turn close calls
-    kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
+    model, tok, saved = runtime.load_model(checkpoint, tokenizer, device, dtype)
+    torch.set_float32_matmul_precision("highest")             # TF32 was allowed, whose 10 bits turn close calls
 
     names = dict(word.split("=") for words in SUBJECTS[exam].values() for word in words.split() if "=" in word)
     answered, offered, dropped = {}, 0, dict.fromkeys(FIGURES, 0)
@@ -385,7 +382,7 @@ def main():
             dev_notes[f"{subject}: {len(solved)} solved questions in {folder}/dev, {shots} were asked for"] = 0
         name = names.get(subject, subject.replace("_", " "))
         for figure in FIGURES:
-            answer(model, tok, saved["stage"] == "sft", name, solved, questions, figure)
+            answer(model, tok, saved["stage"] != "pretrain", name, solved, questions, figure)
         answered[subject] = [q for q in questions if all(map(q.get, FIGURES))]
         offered += len(solved) * len(answered[subject])
         for figure in FIGURES:

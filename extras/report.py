@@ -17,7 +17,7 @@ import torch
 
 import checkpoints
 import runtime
-from model import Model, generate
+from model import generate
 
 pretrain_dir       = "out/pretrain"  # out_dir of pretrain.py; empty, or not there: the report is without it
 sft_dir            = "out/sft"       # out_dir of sft.py; the same
@@ -77,13 +77,13 @@ def data(saved, tok):
         for name, row in {"train": meta["train"], "val": meta["val"], **corpora}.items()])
 
 
-def samples(model, saved, tok, where):
+def samples(model, saved, tok):
     """Lines: what the model makes of each of the sample_prompts that it was watched with."""
     answers, lines = saved["stage"] == "sft", []
     for prompt in filter(None, saved["constants"]["sample_prompts"].split("|")):
         ids = tok.prompt([{"role": "user", "content": prompt}]) if answers else [tok.bos_id] + tok.encode(prompt)
         if len(ids) < model.config.max_seq_len:
-            generator = torch.Generator(where).manual_seed(seed)
+            generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
             new = [row[0] for row in generate(model, [ids], max_new_tokens, temperature, 0, top_p, repetition_penalty,
                                               tok.stop_ids if answers else {tok.eos_id}, generator=generator)]
             text = f"> {prompt}\n{tok.decode(new)}" if answers else tok.decode(ids + new)
@@ -113,14 +113,13 @@ def main():
     config.check_drawing(temperature, top_p, repetition_penalty)
     page = out or f"{folders[-1]}/report.md"
     config.check_output("out", page)
-    where, scores, lines = runtime.start(device).device, [], []
+    scores, lines = [], []
     link = lambda path: os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
     for folder in folders:
-        saved, tok = checkpoints.load_with_tokenizer(f"{folder}/best.pt")
+        model, tok, saved = runtime.load_model(f"{folder}/best.pt", "", device, dtype)
         if not {"val_bpb", "constants"} <= saved.keys():
             raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there is nothing to report")
-        model, is_sft = Model.from_state(saved["shape"], saved["model"]), saved["stage"] == "sft"
-        model.to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
+        is_sft = saved["stage"] == "sft"
         scores.append(f"{folder}: {model.n_params() / 1e6:.1f} M parameters, **{saved['val_bpb']:.4f} bits per byte** of "
                       f"validation {'answers' if is_sft else 'text'}")
         scores += evaluations(folder, link)
@@ -129,7 +128,7 @@ def main():
             lines.append(f"![loss over steps]({link(f'{folder}/curve.png')})")
         constants = shlex.join(f"--{name}={value}" for name, value in saved["constants"].items()
                                if name not in ("resume", "overwrite"))      # a copied command must not destroy the run
-        lines += [*data(saved, tok), *samples(model, saved, tok, where), f"    python {saved['stage']}.py {constants}"]
+        lines += [*data(saved, tok), *samples(model, saved, tok), f"    python {saved['stage']}.py {constants}"]
     with config.whole_file(page) as f:
         f.write("\n".join([TITLE, "", *(f"- {score}" for score in scores), *lines]) + "\n")
     print("\n".join(scores) + f"\nreport: {page}")
