@@ -376,7 +376,7 @@ def main():
     examples, dev_notes = read_split(folder, "dev") if shots else ({}, {})
     if not any(subjects.values()):
         raise SystemExit(f"{folder}/{part}: no questions in *.csv there; {title}'s files are "
-                         f"in the data set {hub} of the Hugging Face hub, and --data_dir= names the "
+                         f"in the data set {hub} of the Hugging Face hub; --data_dir= names the "
                          "folder that holds dev, val and test")
     if shots and not any(examples.values()):
         raise SystemExit(f"{folder}/dev: no solved questions in *.csv there for {shots} shots; "

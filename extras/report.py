@@ -2,9 +2,9 @@
 
     python -m extras.report     of out/pretrain and out/sft, or the one that is there
 
-It computes nothing anew: the data are in meta.json, the losses in log.csv and best.pt, the speed in run.json, the score
-of an evaluation in the first paragraph of the page that it wrote beside the checkpoint, with the fingerprint of that
-checkpoint. Only the samples are drawn now.
+It only collects: the data are in meta.json, the losses in log.csv and best.pt, the speed in
+run.json. A score stands in the first paragraph of the page that the evaluation wrote beside the
+checkpoint, with the fingerprint of that checkpoint. The samples alone are drawn now.
 """
 import config                                  # before torch: sets how its threads wait
 import os
@@ -19,80 +19,96 @@ import checkpoints
 import runtime
 from model import generate
 
-pretrain_dir       = "out/pretrain"  # out_dir of pretrain.py; empty, or not there: the report is without it
+pretrain_dir       = "out/pretrain"  # out_dir of pretrain.py; left out if it is empty or not there
 sft_dir            = "out/sft"       # out_dir of sft.py; the same
-out                = ""              # the page; empty: report.md in sft_dir, or in pretrain_dir if that is all there is
-max_new_tokens     = 120             # of a sample at most; the prompts are the sample_prompts of the training
+out                = ""              # the page; empty: report.md in sft_dir, else in pretrain_dir
+max_new_tokens     = 120             # of a sample at most; its prompts are those of the training
 temperature        = 0.7             # of the samples; 0: always the most likely token
-top_p              = 0.9             # draw from the fewest tokens whose probabilities reach this; 1: from all
+top_p              = 0.9             # draw from the fewest tokens that reach this probability
 repetition_penalty = 1.1             # above 1: tokens that have occurred become less likely
 seed               = 1337            # of the draws, from 0 up
 device             = "auto"          # auto | cuda | mps | cpu
-dtype              = "auto"          # auto (bfloat16 where the device has it) | bfloat16 | float16 | float32
+dtype              = "auto"          # auto (bfloat16 if fast) | bfloat16 | float16 | float32
 config.override(globals())
 
 TITLE = "# Report card"
+COLUMNS = {"pretrain": ("documents", "tokens", "bytes"), "sft": ("examples", "tokens", "targets")}
+
+
+def cell(value):
+    """A value in a Markdown table; numbers get their commas."""
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value).replace("|", "\\|")
 
 
 def table(head, rows):
-    """Lines of a Markdown table; numbers get their commas."""
-    cell = lambda value: f"{value:,}" if isinstance(value, (int, float)) else str(value).replace("|", "\\|")
-    return ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head),
-            *(f"| {' | '.join(map(cell, row))} |" for row in rows), ""]
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    return ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines, ""]
 
 
 def figures(folder, saved, n_params):
     """Lines: what was trained, how far, how well, how fast."""
-    log, sessions = checkpoints.read_log(f"{folder}/log.csv"), checkpoints.read_run(f"{folder}/run.json")
-    total = lambda name: sum(session[name] for session in sessions)
-    rows = [("parameters", n_params), ("shape", ", ".join(f"{name} {value}" for name, value in saved["shape"].items())),
-            ("tokenizer", saved["tokenizer"]),
-            ("best.pt", f"step {saved['step']:,}: {saved['val_loss']:.4f} nats per token, {saved['val_bpb']:.4f} bits per "
-                        "byte of the validation split")]
+    log = checkpoints.read_log(f"{folder}/log.csv")
+    sessions = checkpoints.read_run(f"{folder}/run.json")
+    shape = ", ".join(f"{name} {value}" for name, value in saved["shape"].items())
+    best = (f"step {saved['step']:,}: {saved['val_loss']:.4f} nats per token, "
+            f"{saved['val_bpb']:.4f} bits per byte of the validation split")
+    rows = [("parameters", n_params), ("shape", shape), ("tokenizer", saved["tokenizer"]),
+            ("best.pt", best)]
     if log:
-        end = [float(row["loss"]) for row in log[-20:]]
-        rows.append(("training", f"{int(log[-1]['step']):,} steps, {int(log[-1]['tokens']):,} tokens; loss "
-                                 f"{float(log[0]['loss']):.4f} at first, {fmean(end):.4f} in the last {len(end)} steps"))
+        first, end = float(log[0]["loss"]), [float(row["loss"]) for row in log[-20:]]
+        steps, tokens = int(log[-1]["step"]), int(log[-1]["tokens"])
+        rows.append(("training", f"{steps:,} steps, {tokens:,} tokens; loss {first:.4f} at first, "
+                                 f"{fmean(end):.4f} in the last {len(end)} steps"))
     if sessions:
-        speed = total("timed_tokens") / max(1e-9, total("timed_seconds"))
-        rows += [("speed", f"{speed:,.0f} tokens/s; {runtime.seconds_as_text(total('seconds'))} in all, with validation"),
-                 ("memory, estimated", sessions[-1]["memory"])]
-    return table([folder, ""], rows + [
-        (f"steps {session['from_step'] + 1:,} to {session['to_step']:,}",
-         f"{session['date']}, {session['device']}, PyTorch {session['torch']}") for session in sessions])
+        seconds, timed_tokens, timed_seconds = (
+            sum(session[name] for session in sessions)
+            for name in ("seconds", "timed_tokens", "timed_seconds"))
+        speed, time = timed_tokens / max(1e-9, timed_seconds), runtime.seconds_as_text(seconds)
+        rows.append(("speed", f"{speed:,.0f} tokens/s; {time} in all, with validation"))
+        rows.append(("memory, estimated", sessions[-1]["memory"]))
+    for session in sessions:
+        rows.append((f"steps {session['from_step'] + 1:,} to {session['to_step']:,}",
+                     f"{session['date']}, {session['device']}, PyTorch {session['torch']}"))
+    return table([folder, ""], rows)
 
 
 def data(saved, tok):
-    """Lines: a row for each split and each corpus of meta.json; why, if that is no longer what was trained on."""
-    path, columns = f"{saved['constants']['data_dir']}/meta.json", {"pretrain": ("documents", "tokens", "bytes"),
-                                                                    "sft": ("examples", "tokens", "targets")}
+    """Lines: a row for each split and each corpus of meta.json; or why it is no longer there."""
+    path, columns = f"{saved['constants']['data_dir']}/meta.json", COLUMNS[saved["stage"]]
     try:
         meta = checkpoints.read_meta(path, tok, f"prepare_{saved['stage']}.py")
     except SystemExit as sentence:
         return [f"The data are not known any more: {sentence}."]
-    columns, corpora = columns[saved["stage"]], meta.get("corpora", {})
-    return table([path, *columns, "dropped"], [
-        [name, *(row[column] for column in columns),
-         ", ".join(f"{n:,} {reason}" for reason, n in row.get("dropped", {}).items())]
-        for name, row in {"train": meta["train"], "val": meta["val"], **corpora}.items()])
+    rows = []
+    parts = {"train": meta["train"], "val": meta["val"], **meta.get("corpora", {})}
+    for name, row in parts.items():
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in row.get("dropped", {}).items())
+        rows.append([name, *(row[column] for column in columns), dropped])
+    return table([path, *columns, "dropped"], rows)
 
 
 def samples(model, saved, tok):
     """Lines: what the model makes of each of the sample_prompts that it was watched with."""
-    answers, lines = saved["stage"] == "sft", []
+    is_chat, lines = saved["stage"] == "sft", []
     for prompt in filter(None, saved["constants"]["sample_prompts"].split("|")):
-        ids = tok.prompt([{"role": "user", "content": prompt}]) if answers else [tok.bos_id] + tok.encode(prompt)
-        if len(ids) < model.config.max_seq_len:
-            generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
-            new = [row[0] for row in generate(model, [ids], max_new_tokens, temperature, 0, top_p, repetition_penalty,
-                                              tok.stop_ids if answers else {tok.eos_id}, generator=generator)]
-            text = f"> {prompt}\n{tok.decode(new)}" if answers else tok.decode(ids + new)
-            lines += ["", *(f"    {line}" for line in text.splitlines())]       # indented: Markdown leaves it as it is
-    return lines + ["", "All constants:", ""]
+        ids = [tok.bos_id] + tok.encode(prompt)
+        if is_chat:
+            ids = tok.prompt([{"role": "user", "content": prompt}])
+        if len(ids) >= model.config.max_seq_len:
+            continue
+        generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
+        steps = generate(model, [ids], max_new_tokens, temperature, 0, top_p, repetition_penalty,
+                         tok.stop_ids if is_chat else {tok.eos_id}, generator=generator)
+        new = [token for (token,) in steps]
+        text = f"> {prompt}\n{tok.decode(new)}" if is_chat else tok.decode(ids + new)
+        lines.append("")
+        lines += [f"    {line}" for line in text.splitlines()]     # Markdown leaves it as it is
+    return [*lines, "", "All constants:", ""]
 
 
 def evaluations(folder, link):
-    """A line for each page of eval_bleu.py or the exams in a folder: its scores, if they are those of best.pt."""
+    """A line for each page of an evaluation: its scores, if they are those of best.pt."""
     lines, now = [], checkpoints.fingerprint(f"{folder}/best.pt")
     for path in sorted(glob(f"{escape(folder)}/*.md")):
         with open(path, encoding="utf-8", errors="replace") as f:
@@ -105,30 +121,38 @@ def evaluations(folder, link):
 
 
 def main():
-    folders = [folder for folder in (pretrain_dir, sft_dir) if folder and os.path.exists(f"{folder}/best.pt")]
+    folders = [folder for folder in (pretrain_dir, sft_dir)
+               if folder and os.path.exists(f"{folder}/best.pt")]
     if not folders:
-        raise SystemExit(f"no best.pt in {pretrain_dir or '-'} or {sft_dir or '-'}: train first, or name the folders with "
-                         "--pretrain_dir= and --sft_dir=")
+        raise SystemExit(f"no best.pt in {pretrain_dir or '-'} or {sft_dir or '-'}: train first, "
+                         "or name the folders with --pretrain_dir= and --sft_dir=")
     config.check_range(1, max_new_tokens=max_new_tokens)
     config.check_drawing(temperature, top_p, repetition_penalty)
     page = out or f"{folders[-1]}/report.md"
     config.check_output("out", page)
+
+    def link(path):
+        return os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
+
     scores, lines = [], []
-    link = lambda path: os.path.relpath(path, os.path.dirname(page) or ".").replace(os.sep, "/")
     for folder in folders:
         model, tok, saved = runtime.load_model(f"{folder}/best.pt", "", device, dtype)
         if not {"val_bpb", "constants"} <= saved.keys():
-            raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there is nothing to report")
-        is_sft = saved["stage"] == "sft"
-        scores.append(f"{folder}: {model.n_params() / 1e6:.1f} M parameters, **{saved['val_bpb']:.4f} bits per byte** of "
-                      f"validation {'answers' if is_sft else 'text'}")
+            raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there "
+                             "is nothing to report")
+        heading, what = {"pretrain": ("Pretraining", "text"), "sft": ("Fine-tuning", "answers")}[
+            saved["stage"]]
+        scores.append(f"{folder}: {model.n_params() / 1e6:.1f} M parameters, "
+                      f"**{saved['val_bpb']:.4f} bits per byte** of validation {what}")
         scores += evaluations(folder, link)
-        lines += ["", f"## {'Fine-tuning' if is_sft else 'Pretraining'}", *figures(folder, saved, model.n_params())]
+        lines += ["", f"## {heading}", *figures(folder, saved, model.n_params())]
         if os.path.exists(f"{folder}/curve.png"):
             lines.append(f"![loss over steps]({link(f'{folder}/curve.png')})")
+        # a copied command must not destroy the run
         constants = shlex.join(f"--{name}={value}" for name, value in saved["constants"].items()
-                               if name not in ("resume", "overwrite"))      # a copied command must not destroy the run
-        lines += [*data(saved, tok), *samples(model, saved, tok), f"    python {saved['stage']}.py {constants}"]
+                               if name not in ("resume", "overwrite"))
+        lines += [*data(saved, tok), *samples(model, saved, tok),
+                  f"    python {saved['stage']}.py {constants}"]
     with config.whole_file(page) as f:
         f.write("\n".join([TITLE, "", *(f"- {score}" for score in scores), *lines]) + "\n")
     print("\n".join(scores) + f"\nreport: {page}")
