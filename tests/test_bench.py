@@ -2,7 +2,6 @@
 import json
 import math
 import random
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,10 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import pretrain
-import runtime
 from extras import bench
 from model import Model, ModelConfig
-from optim import make_optimizers
 
 SHAPE = dict(vocab_size=5000, dim=64, n_layers=2, n_heads=2, max_seq_len=48)
 
@@ -45,7 +42,7 @@ def values(measured, what):
 def test_every_figure_is_there_and_possible(measured):
     written, printed = measured
     assert {row["part"] for row in written["results"]} == {"training", "generation", "preparation", "checkpoints"}
-    assert len(written["results"]) > 25 and written["machine"]["torch"] == torch.__version__
+    assert len(written["results"]) > 20 and written["machine"]["torch"] == torch.__version__
     for row in written["results"]:
         if row["what"] != "of this: removing duplicates":                 # a difference of two times: any sign
             assert 0 < row["low"] <= row["median"] <= row["high"] < math.inf, row
@@ -67,36 +64,37 @@ def test_the_flops_are_those_that_pytorch_counts(measured):
 
 
 def test_the_figures_of_training_fit_each_other(measured):
-    share, parts = values(measured, "training, share of the peak (MFU)"), ("reading batches", "forward and backward",
-                                                                           "clipping and update")
-    assert sum(values(measured, f"of a step: {part}") for part in parts) == pytest.approx(100)
-    peak = values(measured, "peak: product of matrices, float32") * 1e12
+    peak = values(measured, "peak: product of matrices") * 1e12
     flops = values(measured, "training, FLOPs per token") * 1e6
+    share = values(measured, "training, share of the peak (MFU)")
     assert values(measured, "training") * flops / peak == pytest.approx(share / 100)
     weights = Model(ModelConfig(**SHAPE)).n_params()
     held = 4 * 4 * weights / 2 ** 30                                      # weights, gradients, two moments
     assert held < values(measured, "training, peak memory") < held + 0.5
 
 
-def test_a_step_is_a_step_of_pretrain(tok, pretrain_dir, tmp_path, monkeypatch):
-    T, B, steps, data = 32, 4, 3, np.fromfile(pretrain_dir / "train.bin", "<u2")
-    n_rows = math.ceil((len(data) - 1) / T)                               # bench.py has no last row that is padded:
-    seed = next(seed for seed in range(100) if n_rows - 1 not in runtime.batch_rows(0, steps * B, n_rows, seed))
-    constants = dict(tokenizer=tok.name, data_dir=pretrain_dir, out_dir=tmp_path, dim=32, n_layers=1, n_heads=2,
-                     max_seq_len=T, batch_tokens=T * B, micro_batch=B, max_steps=steps, warmup=0.0, lr_min=1.0,
-                     seed=seed, sample_prompts="", device="cpu", dtype="float32")
-    done = run("pretrain.py", tmp_path, *(f"--{name}={value}" for name, value in constants.items()))
-    assert done.rc == 0, done.err
-    for name, value in dict(max_seq_len=T, BOS=tok.bos_id, EOS=tok.eos_id).items():
+def test_the_steps_are_those_of_pretrain_with_the_constants_of_the_bench(tmp_path, monkeypatch):
+    """Every shape and round that the network gets is written down by a network in its place."""
+    seen = []
+
+    class Watched(Model):
+        def forward(self, x, y, cu_seqlens):
+            seen.append((x.shape, cu_seqlens is not None, self.config.dim))
+            return super().forward(x, y, cu_seqlens)
+    for name, value in dict(SHAPE, batch_tokens=48 * 10, micro_batch=4, repeats=2, device="cpu", dtype="float32",
+                            compile="off", clocks=[]).items():
         monkeypatch.setattr(bench, name, value)
-    torch.manual_seed(seed)
-    model = Model(ModelConfig(tok.vocab_size, 32, 1, 2, max_seq_len=T, qk_norm=pretrain.qk_norm))
-    optimizers = make_optimizers(model, pretrain.lr, pretrain.muon_lr, pretrain.weight_decay)
-    for step, row in enumerate(checkpoints.read_log(tmp_path / "log.csv")):
-        loss, norm, _ = bench.optimizer_step(data, runtime.batch_rows(step, B, n_rows, seed), True, model, model,
-                                             optimizers, nullcontext(), torch.amp.GradScaler("cpu", enabled=False))
-        assert (loss, norm) == pytest.approx((float(row["loss"]), float(row["grad_norm"])), rel=1e-4)
-    assert step == steps - 1
+        if name in bench.constants:
+            monkeypatch.setitem(bench.constants, name, value)
+    monkeypatch.setattr(pretrain, "Model", Watched)
+    for name, value in vars(pretrain).copy().items():                     # to have all of it back
+        monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr(pretrain.tokenizers, "load", None)
+    monkeypatch.setattr(checkpoints, "Log", checkpoints.Log)
+    figures = {what: values for what, _, values in bench.training()}
+    assert [shape for shape, *_ in seen[:3]] == [(4, 48), (4, 48), (2, 48)] and len(seen) == 3 * 4
+    assert all(masked and dim == SHAPE["dim"] for _, masked, dim in seen)
+    assert len(figures["training"]) == 2                                  # the first two steps warm up
 
 
 @pytest.mark.parametrize("part, name, value, says", [
