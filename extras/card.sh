@@ -45,7 +45,7 @@ done
 step 180 $PYTHON -m extras.bench --only=generation --out=$OUT/bench_generation.json
 
 # 3. the whole pipeline, on a small corpus
-step 300 make demo PYTHON=$PYTHON
+step 300 make -o .venv/demo demo PYTHON="$PYTHON"
 
 # 4. a real run
 if [ -n "$CORPORA" ]; then
