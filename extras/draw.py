@@ -2,8 +2,8 @@
 
     python -m extras.draw      assets/pipeline.svg, assets/network.svg, the tables in docs/data*.md
 
-A table is written from corpora.py. The Chinese descriptions live in docs/data_zh.md itself: a corpus
-that is new there gets its English one, to be translated in place; it then stays.
+A table is written from corpora.py. The Chinese descriptions live in docs/data_zh.md itself: a new
+corpus gets its English one there, to be translated in place; the translation then stays.
 """
 import config                                  # before torch: sets how its threads wait
 import re
@@ -26,8 +26,10 @@ COLOURS = {"script": ("#1f5fa8", "#1f5fa8", "white"), "file": ("white", "#777777
 def table(corpora, head, earlier):
     """The Markdown table of TEXT or CHAT. earlier: {name: description} that stand there already."""
     lines = [f"| {' | '.join(head)} |", "|---|---|---|"]
-    for name, data_set in corpora.items():
-        what, get = earlier.get(name, data_set.what), data_set.get
+    for name in sorted(corpora):
+        data_set = corpora[name]
+        what = earlier.get(name, data_set.what)
+        get = data_set.get
         if get.startswith((HF, "git ")):
             get = f"`{get}`"
         lines.append(f"| `{name}` | {what} | {get} |")
@@ -61,14 +63,21 @@ def picture(width, height):
     return figure, axes
 
 
-def box(axes, x, y, width, height, text, kind, size=12):
+def box(axes, x, y, width, height, text, kind):
     """A box with its centre at (x, y)."""
     from matplotlib.patches import FancyBboxPatch
     fill, edge, ink = COLOURS[kind]
     corner = x - width / 2, y - height / 2
-    axes.add_patch(FancyBboxPatch(corner, width, height, "round,pad=0,rounding_size=0.08",
-                                  facecolor=fill, edgecolor=edge, linewidth=1.4))
-    axes.text(x, y, text, ha="center", va="center", color=ink, size=size, linespacing=1.35)
+    style = "round,pad=0,rounding_size=0.08"
+    patch = FancyBboxPatch(corner, width, height, style)
+    patch.set(facecolor=fill, edgecolor=edge, linewidth=1.4)
+    axes.add_patch(patch)
+    size = 12.5 if kind == "script" else 11
+    write(axes, x, y, text, ink, ha="center", size=size, linespacing=1.35)
+
+
+def write(axes, x, y, text, colour="#222222", **options):
+    axes.text(x, y, text, va="center", color=colour, **options)
 
 
 def arrow(axes, *points):
@@ -82,7 +91,9 @@ def arrow(axes, *points):
 def pipeline():
     """The way from text to chat: scripts, and the files between them."""
     figure, axes = picture(7, 9.1)
-    left, right, middle = 1.8, 5.2, 3.5
+    left = 1.8
+    right = 5.2
+    middle = 3.5
     pretraining = [
         "raw text",
         "prepare_pretrain.py",
@@ -103,12 +114,12 @@ def pipeline():
     heights = [0.68, 0.55, 0.68, 0.55, 0.68, 0.55, 0.55]
     for x, texts in (left, pretraining), (right, tuning):
         for y, height, text in zip(rows, heights, texts):
-            kind, size = ("script", 12.5) if ".py" in text else ("file", 11)
-            box(axes, x, y, 3.1, height, text, kind, size)
+            kind = "script" if ".py" in text else "file"
+            box(axes, x, y, 3.1, height, text, kind)
         for i in range(1, len(rows) - 1):
             arrow(axes, (x, rows[i] - heights[i] / 2), (x, rows[i + 1] + heights[i + 1] / 2))
-    box(axes, middle, 7.65, 2.6, 0.5, "train_tokenizer.py", "script", 12.5)
-    box(axes, middle, 6.85, 2.6, 0.5, "data/tokenizer.model", "file", 11)
+    box(axes, middle, 7.65, 2.6, 0.5, "train_tokenizer.py", "script")
+    box(axes, middle, 6.85, 2.6, 0.5, "data/tokenizer.model", "file")
     arrow(axes, (middle, 7.4), (middle, 7.1))
     for x, side in (left, -1), (right, 1):
         edge, beside = middle + side * 1.3, x - side * 0.25
@@ -116,8 +127,8 @@ def pipeline():
         arrow(axes, (x, 7.65), (x, 6.275))
         arrow(axes, (edge, 6.85), (beside, 6.85), (beside, 6.275))
     arrow(axes, (left + 1.55, 2.85), (middle, 2.85), (middle, 3.9), (right - 1.55, 3.9))
-    axes.text(middle, 0.25, "from any best.pt:  extras.exams   extras.report   extras.export",
-              ha="center", size=11, color="#222222")
+    others = "from any best.pt:  extras.exams   extras.report   extras.export"
+    write(axes, middle, 0.25, others, ha="center", size=11)
     return figure
 
 
@@ -133,12 +144,15 @@ def network():
         (7.4, "logits()", "part"),
         (8.6, "scores  (B, T, V)", "file")]
     for y, text, kind in whole:
-        box(axes, x, y, 2.2, 1.5 if "block" in text else 0.55, text, kind)
-    for below, above in zip(whole, whole[1:]):
-        half = [0.75 if "block" in text else 0.275 for _, text, _ in (below, above)]
-        arrow(axes, (x, below[0] + half[0]), (x, above[0] - half[1]))
+        height = 1.5 if "block" in text else 0.55
+        box(axes, x, y, 2.2, height, text, kind)
+    start = 0.825
+    for y, text, kind in whole[1:]:
+        half = 0.75 if "block" in text else 0.275
+        arrow(axes, (x, start), (x, y - half))
+        start = y + half
     for y in 2.5, 5.4, 6.83:
-        axes.text(x + 0.12, y, "(B, T, C)", size=10.5, va="center", color="#222222")
+        write(axes, x + 0.12, y, "(B, T, C)", size=10.5)
     frame = axes.inset_axes([2.85, 0.2, 4.0, 9.0], transform=axes.transData)
     frame.set(facecolor="#f6f9fd", xticks=[], yticks=[])
     for y, corner in (3.25, 0.2), (4.75, 9.2):                 # the block is drawn larger beside it
@@ -155,7 +169,8 @@ def network():
         (7.35, 0.95, "SwiGLU:\nw2 (silu(w1 x) · w3 x)\ninside (B, T, hidden_dim)", "part"),
         (8.2, 0.36, "+", "sum")]
     for y, height, text, kind in parts:
-        box(frame, x, y, 0.5 if kind == "sum" else 3.1, height, text, kind, 11)
+        width = 0.5 if kind == "sum" else 3.1
+        box(frame, x, y, width, height, text, kind)
     frame.set(xlim=(2.85, 6.85), ylim=(0.2, 9.2))
     start = 0.6
     for y, height, *_ in [*parts, (8.75, 0, "", "")]:
@@ -164,7 +179,7 @@ def network():
     for y, to in (0.78, 5.65), (5.94, 8.2):                    # the residual stream
         arrow(frame, (x, y), (skip, y), (skip, to), (x + 0.25, to))
     for y in 0.42, 8.95:
-        frame.text(x, y, "x  (B, T, C)", ha="center", va="center", size=11, color="#222222")
+        write(frame, x, y, "x  (B, T, C)", ha="center", size=11)
     return figure
 
 
