@@ -8,13 +8,13 @@ corpus gets its English one there, to be translated in place; the translation th
 import config                                  # before torch: sets how its threads wait
 import re
 
-from corpora import CHAT, HF, TEXT
+import corpora
 
 out  = "assets"  # folder of the pictures
 docs = "docs"    # folder of data.md and data_zh.md, whose tables are rewritten
 config.override(globals())
 
-BEGIN, END = "<!-- table: python -m extras.draw -->", "<!-- end of table -->"
+TABLE = re.compile("(<!-- corpora.(\\w+), by python -m extras.draw -->\n)(.*?)(<!-- end -->)", re.S)
 HEADS = {"data.md": ("name", "what it is; licence", "how to get it"),
          "data_zh.md": ("名称", "内容；许可证", "获取方法")}
 COLOURS = {"script": ("#1f5fa8", "#1f5fa8", "white"), "file": ("white", "#777777", "#222222"),
@@ -23,29 +23,27 @@ COLOURS = {"script": ("#1f5fa8", "#1f5fa8", "white"), "file": ("white", "#777777
 
 # ---- the tables of corpora -----------------------------------------------------------------------
 
-def table(corpora, head, earlier):
-    """The Markdown table of TEXT or CHAT. earlier: {name: description} that stand there already."""
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|"]
-    for name in sorted(corpora):
-        data_set = corpora[name]
-        what = earlier.get(name, data_set.what)
-        get = data_set.get
-        if get.startswith((HF, "git ")):
-            get = f"`{get}`"
-        lines.append(f"| `{name}` | {what} | {get} |")
-    return "\n".join(lines)
-
-
 def with_tables(page, text):
-    """The text of docs/data.md or data_zh.md with its two tables written anew."""
-    first, *rest = text.split(BEGIN)
-    parts = [first]
-    for corpora, part in zip((TEXT, CHAT), rest, strict=True):
-        old, _, behind = part.partition(END)
+    """The text of docs/data.md or data_zh.md with its tables written anew."""
+    def written(match):
+        begin, name, old, end = match.groups()
         rows = re.findall(r"^\| `(\w+)` \| (.*?) \| ", old, re.M)
         earlier = dict(rows) if page == "data_zh.md" else {}
-        parts.append(f"\n{table(corpora, HEADS[page], earlier)}\n{END}{behind}")
-    return BEGIN.join(parts)
+        return begin + table(getattr(corpora, name), HEADS[page], earlier) + end
+    return TABLE.sub(written, text)
+
+
+def table(data_sets, head, earlier):
+    """A table of corpora.py in Markdown. earlier: {name: description} that stand there already."""
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|"]
+    for name in sorted(data_sets):
+        data_set = data_sets[name]
+        what = earlier.get(name, data_set.what)
+        get = data_set.get
+        if get.startswith((corpora.HF, "git ")):
+            get = f"`{get}`"
+        lines.append(f"| `{name}` | {what} | {get} |")
+    return "\n".join(lines) + "\n"
 
 
 # ---- the pictures --------------------------------------------------------------------------------
@@ -58,7 +56,8 @@ def picture(width, height):
     import matplotlib.pyplot as plt
     figure = plt.figure(figsize=(width, height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
     axes.axis("off")
     return figure, axes
 

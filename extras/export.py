@@ -26,9 +26,6 @@ dtype      = "f32"              # of the weights: f32 | f16; in a GGUF file also
 config.override(globals())
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
-# fields of ModelConfig that the forms below can express
-WRITTEN = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_seq_len",
-           "rope_theta", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias", "rope_scaling")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 # What Tokenizer.render() and prompt() make, with our own vocabularies and with those of ChatML. "<|" stands apart from
@@ -52,16 +49,25 @@ def needed(package, module):
 
 def architecture(shape):
     """Whose network this is: "Llama", "Qwen2" or "Qwen3". SystemExit if it is nobody's."""
-    for name in shape.keys() - set(WRITTEN):                  # a field that was added to ModelConfig
-        if shape[name] != checkpoints.SHAPE[name].default:
-            raise SystemExit(f"{checkpoint}: its {name} is {shape[name]}, which export.py cannot express; only "
-                             f"{checkpoints.SHAPE[name].default} can be exported")
+    refuse_unknown(shape)
     if shape["qk_norm"] and shape["qkv_bias"]:
         raise SystemExit(f"{checkpoint}: has qk_norm, as Qwen3, and qkv_bias, as Qwen2; nobody else computes both")
     name = "Qwen3" if shape["qk_norm"] else "Qwen2" if shape["qkv_bias"] else "Llama"
     if name == "Llama" and shape["dim"] % shape["n_heads"]:
         raise SystemExit(f"{checkpoint}: n_heads ({shape['n_heads']}) must divide dim ({shape['dim']}) in a Llama")
     return name
+
+
+def refuse_unknown(shape):
+    """SystemExit for a field of ModelConfig that is not written here and is not at its default."""
+    written = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
+               "max_seq_len", "rope_theta", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias",
+               "rope_scaling")
+    for name in shape.keys() - set(written):
+        default = checkpoints.SHAPE[name].default
+        if shape[name] != default:
+            raise SystemExit(f"{checkpoint}: its {name} is {shape[name]}, which export.py cannot "
+                             f"express; only {default} can be exported")
 
 
 def as_json(value):
