@@ -49,12 +49,25 @@ def needed(package, module):
 
 def architecture(shape):
     """Whose network this is: "Llama", "Qwen2" or "Qwen3". SystemExit if it is nobody's."""
+    refuse_unknown(shape)
     if shape["qk_norm"] and shape["qkv_bias"]:
         raise SystemExit(f"{checkpoint}: has qk_norm, as Qwen3, and qkv_bias, as Qwen2; nobody else computes both")
     name = "Qwen3" if shape["qk_norm"] else "Qwen2" if shape["qkv_bias"] else "Llama"
     if name == "Llama" and shape["dim"] % shape["n_heads"]:
         raise SystemExit(f"{checkpoint}: n_heads ({shape['n_heads']}) must divide dim ({shape['dim']}) in a Llama")
     return name
+
+
+def refuse_unknown(shape):
+    """SystemExit for a field of ModelConfig that is not written here and is not at its default."""
+    written = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
+               "max_seq_len", "rope_theta", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias",
+               "rope_scaling")
+    for name in shape.keys() - set(written):
+        default = checkpoints.SHAPE[name].default
+        if shape[name] != default:
+            raise SystemExit(f"{checkpoint}: its {name} is {shape[name]}, which export.py cannot "
+                             f"express; only {default} can be exported")
 
 
 def as_json(value):
