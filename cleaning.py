@@ -154,6 +154,16 @@ def hash64(text):
     return int.from_bytes(digest, "big")
 
 
+def pieces(text, size):
+    """Cut a text into pieces of at most `size` characters, after a line feed where there is one."""
+    start = 0
+    while len(text) - start > size:
+        end = text.rfind("\n", start, start + size) + 1 or start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 # ---- quality -------------------------------------------------------------------------------------
 
 MIN_CHARS = 12             # characters of the shortest document: a five-character quatrain has 24
@@ -169,32 +179,22 @@ MARKUP = re.compile(r"[\s|\-:{}()\[\]\\^_$&#*=<>+~`\u2500-\u257f]")     # of tab
 
 
 def quality(text):
-    """The reason to drop a cleaned text, None to keep it. The first part is enough for most."""
-    part = text[:len(text) * 5 // 8]
+    """The reason to drop a cleaned text, None to keep it."""
     if len(text) < MIN_CHARS:
         return "too short"
-    if (n_letters(part) < MIN_LETTERS * len(text) and n_letters(text) < MIN_LETTERS * len(text)
-            and not is_readable(text)):
+    raw = text.encode("utf-8")
+    n_letters = len(raw) - len(raw.translate(None, FIRST_BYTES))
+    if n_letters < MIN_LETTERS * len(text) and not is_readable(text):
         return "too little Chinese or letters"
     if text.count("\ufffd") > MAX_BROKEN * len(text):
         return "broken characters"
-    different = 4 + min(200, len(text)) / 20
-    if len(set(text[:24])) < different and len(set(text[:200])) < different:
+    if len(set(text[:200])) < 4 + min(200, len(text)) / 20:
         return "too few different characters"
-    whole = clauses(part)
-    whole.pop()                                       # the last one may go on behind the part
-    # each clause has a mark behind it, which counts as well
-    if len("".join(set(whole))) < (1 - MAX_REPEATED) * (len(text) - len(whole)):
-        every = clauses(text)
-        different = len("".join(set(every)))
-        if len(every) >= 8 and different < (1 - MAX_REPEATED) * sum(map(len, every)):
-            return "too much repetition"
+    every = clauses(text)
+    different = len("".join(set(every)))
+    if len(every) >= 8 and different < (1 - MAX_REPEATED) * sum(map(len, every)):
+        return "too much repetition"
     return None
-
-
-def n_letters(text):
-    raw = text.encode("utf-8")
-    return len(raw) - len(raw.translate(None, FIRST_BYTES))
 
 
 def is_readable(text):

@@ -21,8 +21,11 @@ A function raises Bad("reason") to drop a record. Any other exception drops it, 
 """
 import difflib
 import json
+import os
 import re
 from typing import Callable, NamedTuple
+
+from tqdm import tqdm
 
 from cleaning import clean, normalise, quality, trimmed
 from readers import Bad, files_at, records
@@ -36,6 +39,8 @@ class Corpus(NamedTuple):
     cut: str = "line"          # where a document of a text file ends, see readers.records
 
 
+BATCH_CHARS = 1 << 17      # characters of records that a worker is given at a time: the hashes of
+                           # their substrings fit into the CPU's cache
 TEXT, CHAT = {}, {}
 HF = "hf download --repo-type dataset "
 
@@ -320,12 +325,38 @@ def sources(spec, table):
     return found
 
 
-def raw_records(sources, table, progress=None):
-    """Yield (corpus, name, where, record) of all files; where says file and record number."""
-    for corpus, name, files in sources:
-        for path in files:
-            for i, record in enumerate(records(path, table[name].cut, progress), 1):
-                yield corpus, name, f"{path}, record {i}", record
+def raw_records(inputs, table, title=None):
+    """Yield (number of the input, name, where, record) of all files; where: file and record number.
+
+    inputs: as of sources(); title: of a progress bar, without one there is none.
+    """
+    size = sum(os.path.getsize(path) for _, _, files in inputs for path in files)
+    hidden = None if title else True                  # None: hidden where there is no terminal
+    with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=hidden) as bar:
+        for number, (_, name, files) in enumerate(inputs):
+            for path in files:
+                for i, record in enumerate(records(path, table[name].cut, bar.update), 1):
+                    yield number, name, f"{path}, record {i}", record
+
+
+def batches(inputs, table, title):
+    """Yield lists of what raw_records() yields, with about BATCH_CHARS characters each."""
+    batch, size = [], 0
+    for numbered in raw_records(inputs, table, title):
+        batch.append(numbered)
+        size += 20 + n_chars(numbered[-1])
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def n_chars(record):
+    """Characters of the strings in a record, however deep."""
+    if isinstance(record, str):
+        return len(record)
+    parts = record.values() if isinstance(record, dict) else record
+    return sum(map(n_chars, parts)) if isinstance(record, (dict, list)) else 0
 
 
 def read(table, name, where, record):
@@ -370,7 +401,9 @@ def dialogues(spec):
 
 
 def each(spec, table, make):
-    for corpus, name, where, record in raw_records(sources(spec, table), table):
+    inputs = sources(spec, table)
+    for number, name, where, record in raw_records(inputs, table):
+        corpus = inputs[number][0]
         try:
             yield corpus, make(name, record, where)
         except Bad as bad:

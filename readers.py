@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import zlib
 from collections import deque
@@ -454,11 +455,36 @@ def start_worker(begin, arguments):
 
 
 @contextmanager
-def interruptible(folder):
-    """Let SIGTERM clean up as Ctrl-C does, and both end in one sentence."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interruptible(what):
+    """Let SIGTERM clean up as Ctrl-C does; both end in one sentence and the shell's exit code.
+
+    what: the file or folder that an interrupted run leaves as it was.
+    """
+    def interrupt(number, frame):
+        received.append(number)
+        for each in signal.SIGINT, signal.SIGTERM:
+            signal.signal(each, signal.SIG_IGN)       # a second Ctrl-C must not stop the cleaning up
+        raise KeyboardInterrupt
+
+    received = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:                # nohup ignores SIGINT
+            signal.signal(number, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; what {folder} held before is untouched, "
-                         "run the same command again") from None
+        print(f"interrupted; {what} is as it was before, run the same command again",
+              file=sys.stderr)
+        raise SystemExit(128 + received[0]) from None
+
+
+# ---- what the user sees --------------------------------------------------------------------------
+
+def print_report(rows):
+    """Print {name: {figure: number, "dropped": {reason: count}}}, the reasons a line each."""
+    for name, row in rows.items():
+        figures = [f"{n:,} {figure}" for figure, n in row.items() if figure != "dropped"]
+        print(f"{name}: {', '.join(figures)}")
+        dropped = row.get("dropped", {})
+        for reason in sorted(dropped, key=dropped.get, reverse=True):
+            print(f"{dropped[reason]:>10,} dropped: {reason}")

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import run
 
+import corpora
 import prepare_pretrain
 import tokenizer
 
@@ -55,7 +58,7 @@ def read(out, tok):
     meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     splits = {}
     for split in "train", "val":
-        ids = np.fromfile(out / f"{split}.bin", "<u2")
+        ids = np.fromfile(out / f"{split}.bin", meta["dtype"])
         assert len(ids) == meta[split]["tokens"] and ids[-1] == tok.eos_id
         ends = np.flatnonzero(ids == tok.eos_id)
         splits[split] = [tok.decode(part.tolist()) for part in np.split(ids, ends[:-1] + 1)]
@@ -96,7 +99,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, model, texts):
     rng = random.Random(11)                                                  # long ones, to make several batches
     long = ["".join(map(chr, rng.choices(range(0x4E00, 0x9000), k=9000))) for _ in range(400)]
     path, made = write(tmp_path / "a.jsonl", texts + texts[:9] + ["坏"] + long), []
-    assert os.path.getsize(path) > 12 * prepare_pretrain.BATCH_CHARS
+    assert os.path.getsize(path) > 12 * corpora.BATCH_CHARS
     for workers in 1, 2, 3:
         out = tmp_path / f"out{workers}"
         code, said = prepare(f"text:{path}", model, out, f"--workers={workers}", "--val_fraction=0.1")
@@ -229,7 +232,8 @@ def test_exact_duplicates_keep_the_first():
     (["--n_bands=7"], ["n_bands=7"]), (["--val_fraction=1.5"], ["val_fraction=1.5"]),
     (["--workers=-1"], ["workers=-1"]), (["--seed=-1"], ["seed=-1"]),
     (["--jaccard=0"], ["jaccard=0.0"]), (["--shingle=0"], ["shingle=0"]),
-    (["--val_fraction=1e-9"], ["too little text", "val_fraction"]),
+    (["--shingle=100000"], ["shingle=100000"]), (["--val_fraction=0"], ["val_fraction=0"]),
+    (["--val_fraction=1e-6"], ["too little text", "val_fraction"]),
 ])
 def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, model, texts, more, parts):
     path = write(tmp_path / "a.jsonl", texts[:20])
@@ -238,14 +242,45 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, model, texts, mor
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
-def test_a_vocabulary_over_65536_is_refused_by_name_and_size(tmp_path, model, texts, monkeypatch):
-    class Large:
-        vocab_size = 100_277
-    monkeypatch.setattr(prepare_pretrain, "corpora", "text:" + write(tmp_path / "a.jsonl", texts[:9]))
-    monkeypatch.setattr(prepare_pretrain, "tokenizer", "cl100k_base")
-    monkeypatch.setattr(prepare_pretrain, "load", lambda name: Large)
-    with pytest.raises(SystemExit, match="cl100k_base.*100,277.*65,536"):
-        prepare_pretrain.main()
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A byte-level tokenizer.json with more than 65,536 ids; 小 and 猫 are among the last ones."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder, t = tmp_path_factory.mktemp("wide"), tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    t.train_from_iterator([], tokenizers.trainers.BpeTrainer(
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.add_special_tokens(["<|endoftext|>"])
+    t.add_tokens([f"<{i}>" for i in range(70_000)] + ["小", "猫"])
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return str(folder)
+
+
+def test_ids_above_65535_make_bins_of_32_bits(tmp_path, model, wide, texts):
+    path = write(tmp_path / "a.jsonl", [f"{text}小猫" for text in texts[:99]])
+    for name, size in (model, 2), (wide, 4):
+        out, tok = tmp_path / str(size), tokenizer.load(name)
+        code, output = prepare(f"text:{path}", name, out, "--val_fraction=0.2")
+        assert code == 0, output
+        meta, splits = read(out, tok)
+        assert meta["dtype"] == f"uint{8 * size}" and meta["vocab_size"] == tok.vocab_size
+        assert os.path.getsize(out / "train.bin") == size * meta["train"]["tokens"]
+        assert sorted(splits["train"] + splits["val"]) == sorted(f"{text}小猫" for text in texts[:99])
+    ids = np.fromfile(tmp_path / "4/train.bin", "<u4")
+    assert (ids == tok.encode("猫")[0]).sum() == meta["train"]["documents"] and ids.max() > 70_000
+    chat = write(tmp_path / "b.jsonl", texts[:99]).replace("b.jsonl", "c.jsonl")
+    with open(chat, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"prompt": text, "response": f"小猫{i}"}) + "\n" for i, text in enumerate(texts[:99]))
+    done = run("prepare_sft.py", tmp_path, f"--corpora=prompt:{chat}", f"--tokenizer={wide}", "--data_dir=sft", "--show=1",
+               "--max_seq_len=4096", "--workers=1")
+    assert done.rc == 0 and "小猫0" in done.out, done.err
+    meta = json.loads((tmp_path / "sft/meta.json").read_text(encoding="utf-8"))
+    ids, mask = np.fromfile(tmp_path / "sft/train.bin", "<u4"), np.fromfile(tmp_path / "sft/train.mask", "u1")
+    assert meta["dtype"] == "uint32" and len(ids) == len(mask) == meta["train"]["tokens"]
+    answers = [text.rstrip("\n") for text in tok.decode(ids[mask == 1].tolist()).split("小猫")[1:]]
+    assert len(answers) == meta["train"]["examples"] and set(answers) <= set(map(str, range(99)))
 
 
 def test_empty_input(tmp_path, model):
@@ -253,7 +288,7 @@ def test_empty_input(tmp_path, model):
     assert code == 1 and "too little text" in said and "Traceback" not in said
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts, kill):
     out, small = tmp_path / "out", write(tmp_path / "a.jsonl", texts[:200])
@@ -263,14 +298,18 @@ def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts
     words = story(rng, 2000)
     large = write(tmp_path / "b.jsonl", [f"{i}{words}" for i in range(2500)])
     command = [sys.executable, SCRIPT, f"--corpora=text:{large}", f"--tokenizer={model}", f"--data_dir={out}"]
-    run = subprocess.Popen([*command, "--workers=2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                           encoding="utf-8")
-    while not (out / "ids.tmp").exists() or not os.path.getsize(out / "ids.tmp"):
-        assert run.poll() is None and not time.sleep(0.01)
-    run.send_signal(kill)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode and "Traceback" not in said
-    assert kill == signal.SIGKILL or sorted(os.listdir(out)) == sorted(before) and "interrupted" in said
+    process = subprocess.Popen([*command, "--workers=2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               encoding="utf-8")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text().split():                                  # until the first worker is there
+        assert process.poll() is None and not time.sleep(0.01)
+    process.send_signal(kill)
+    if kill != signal.SIGKILL:
+        process.send_signal(kill)                                            # an impatient user's second Ctrl-C
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
+    assert "Traceback" not in said and sorted(os.listdir(out)) == sorted(before)
+    assert kill == signal.SIGKILL or said.count("interrupted; ") == 1
     assert {name: (out / name).read_bytes() for name in before} == before
     assert prepare(f"text:{small}", model, out, "--val_fraction=0.1")[0] == 0
     assert {name: (out / name).read_bytes() for name in sorted(os.listdir(out))} == before

@@ -1,6 +1,8 @@
 """prepare_sft.py: what is written is what was said, mask and report are right, nothing gets lost uncounted."""
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -32,7 +34,7 @@ def made(tok, tmp_path_factory):
     (folder / "chat.json").write_text(json.dumps(chat, ensure_ascii=False), encoding="utf-8")
     outs = [run("prepare_sft.py", folder, "--corpora=alpaca:alpaca.jsonl,messages:chat.json", f"--tokenizer={tok.name}",
                 f"--data_dir=d{workers}", f"--workers={workers}", "--max_seq_len=60", "--max_answer=250",
-                "--val_fraction=0.1", "--test_fraction=0.1", f"--show={4 * (workers == 2)}") for workers in (1, 2)]
+                "--val_fraction=0.1", "--test_fraction=0.1", f"--show={2 * (workers == 2)}") for workers in (1, 2)]
     for out in outs:
         assert out.rc == 0, out.err
     return folder, alpaca, chat, outs[1].out
@@ -110,7 +112,7 @@ def test_report_adds_up(made, tok):
         assert first[name] + second[name] == sum(meta[split][name] for split in ("train", "val", "test"))
     assert meta["longest"] == max(meta[split]["longest"] for split in ("train", "val", "test"))
     assert meta["tokenizer_sha256"] == tok.sha256 and meta["format"] == 1 and meta["vocab_size"] == 400
-    assert f"{meta['train']['targets']:,}" in out and "5 duplicate" in out
+    assert f"{meta['train']['targets']:,} targets" in out and "5 dropped: duplicate" in out
     assert all(f"{column}: " in out for column in ("targets", "shortened", "augmented"))     # what they mean
     assert "were dropped because" not in out
 
@@ -134,32 +136,51 @@ def test_a_question_stands_on_one_side_only(made, tok):
 
 
 def test_show_marks_exactly_the_answers(made, tok):
-    shown = made[3][made[3].index("--- example"):]
-    examples, by_number = read(made[0] / "d2", "train"), re.split(r"--- example (\d+) of .*\n", shown)[1:]
-    assert len(by_number) == 8
-    for number, text in zip(by_number[::2], by_number[1::2]):
-        messages = parse(tok, examples[int(number)][0])
-        assert text.startswith("<bos><|")
-        answers = [m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
-        assert re.findall(r"【(.*?)】", text, re.S) == answers
-        assert re.sub(r"【|】", "", text.split("\n\n")[0]).strip() == "<bos>" + "".join(
+    shown = re.split(r"--- an example of (\d+) tokens, of which (\d+) count in the loss.*\n", made[3])[1:]
+    examples = {tuple(ids): mask for ids, mask in read(made[0] / "d2", "train")}
+    assert len(shown) == 3 * 4                                     # two of each corpus
+    for n, n_counted, text in zip(shown[::3], shown[1::3], shown[2::3]):
+        text = text.split("\n\n")[0].strip()
+        contents = re.findall(r"<\|(\w+)\|>【?(.*?)<\|end\|>", text, re.S)
+        messages = [{"role": role, "content": content} for role, content in contents]
+        ids, mask = tok.render(messages)
+        assert examples[tuple(ids)] == mask and (len(ids), sum(mask)) == (int(n), int(n_counted))
+        assert re.findall(r"【(.*?)】", text, re.S) == [
+            m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
+        assert re.sub(r"【|】", "", text) == "<bos>" + "".join(
             f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
 
 
-def test_show_shows_some_of_every_corpus(tok, tmp_path):
-    """Also of a small one beside a large one, and one of each where there are more corpora than examples asked for."""
-    for name, n in ("a", 200), ("b", 3), ("c", 1):
+def test_show_shows_the_first_of_every_corpus(tok, tmp_path):
+    for name, n in ("a", 20), ("b", 3), ("c", 1):
         records = pairs(n, f"{name}的回答")
         for record in records:
             record["instruction"] = name + record["instruction"]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    for names, show, expected in ("ab", 3, "abb"), ("abc", 2, "abc"), ("abc", 12, "aaaabbbc"), ("a", 2, "aa"):
-        corpora = ",".join(f"alpaca:{name}.jsonl" for name in names)
-        done = run("prepare_sft.py", tmp_path, f"--corpora={corpora}", f"--tokenizer={tok.name}", f"--show={show}",
-                   "--val_fraction=0", "--test_fraction=0", "--workers=1")
-        shown = re.findall(r"--- example (\d+) of .*\n.*【(.)的回答", done.out)
-        assert "".join(name for _, name in shown) == expected, (done.out, done.err)
-        assert len({number for number, _ in shown}) == len(expected)
+    for show, expected in (0, ""), (1, "abc"), (4, "aaaabbbc"):
+        done = run("prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl,alpaca:b.jsonl,alpaca:c.jsonl", f"--show={show}",
+                   f"--tokenizer={tok.name}", "--val_fraction=0", "--test_fraction=0", "--workers=1")
+        shown = re.findall(r"--- an example.*\n.*【(.)的回答(\d)", done.out)
+        assert "".join(name for name, _ in shown) == expected, (done.out, done.err)
+        assert [int(i) for name, i in shown if name == "a"] == list(range(expected.count("a")))
+
+
+def test_where_most_dialogues_share_a_question_whole_dialogues_are_split(tok, tmp_path):
+    """As in data sets where a role or a task is given first, and the same in every record."""
+    rows = [[("扮演医生。", "好的。"), (f"第{i}个问题", f"答{i}")] for i in range(300)]
+    rows += [[(f"另外第{i}个问题", "答")] for i in range(200)]
+    with open(tmp_path / "shared.jsonl", "w", encoding="utf-8") as f:
+        for turns in rows:
+            messages = [{"role": role, "content": content} for turn in turns
+                        for role, content in zip(("user", "assistant"), turn)]
+            f.write(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, pairs(50))), encoding="utf-8")
+    done = run("prepare_sft.py", tmp_path, "--corpora=messages:shared.jsonl,alpaca:other.jsonl", f"--tokenizer={tok.name}",
+               "--val_fraction=0.2", "--test_fraction=0.2", "--workers=2")
+    assert done.rc == 0 and re.findall(r"(.*): most dialogues begin with the same", done.out) == ["messages:shared.jsonl"]
+    begin = tok.encode("扮演医生。")
+    n = {split: sum(ids[2:2 + len(begin)] == begin for ids, _ in read(tmp_path / "data/sft", split)) for split in ("train", "val")}
+    assert n["train"] > 120 and n["val"] > 30 and 300 - sum(n.values()) > 30
 
 
 def test_many_records_that_are_too_long_are_said_with_the_cure(tok, tmp_path):
@@ -178,7 +199,7 @@ def test_a_single_exchange_that_is_too_long_is_dropped_not_cut(made, tok, tmp_pa
                "--val_fraction=0", "--test_fraction=0", "--workers=1")
     meta = json.loads((tmp_path / "data/sft/meta.json").read_text(encoding="utf-8"))
     assert meta["corpora"]["alpaca:a.jsonl"]["dropped"] == {"longer than max_seq_len": 1}
-    assert "1 longer than max_seq_len" in done.out
+    assert "1 dropped: longer than max_seq_len" in done.out
     assert len(read(tmp_path / "data/sft", "train")) == 20 and read(tmp_path / "data/sft", "val") == []
 
 
@@ -204,20 +225,17 @@ def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_pa
     assert meta["val"]["augmented"] == 0
 
 
-def test_a_vocabulary_over_16_bits_and_other_mistakes_end_in_one_sentence(tok, tmp_path):
+@pytest.mark.parametrize("option, sentence", [
+    ("", "no dialogue is left"), ("--val_fraction=0.5 --test_fraction=0.5", "below 1"), ("--max_seq_len=0", "at least 1"),
+    ("--corpora=alpaca:b.jsonl", "b.jsonl"), ("--tokenizer=b.model", "b.model"), ("--augment=2", "between 0 and 1"),
+    ("--augment_delete=0.6 --augment_repeat=0.6", "not be over 1"), ("--min_answer=0", "at least 1")])
+def test_mistakes_end_in_one_sentence(tok, tmp_path, option, sentence):
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "问", "output": ""}), encoding="utf-8")
-    given = ["--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1"]
-    big = f"import tokenizer; t = tokenizer.load({tok.name!r}); t.vocab_size = 65_537; tokenizer.load = lambda name: t"
-    for options, code, said in (
-            ([], big, "65,536"), ([], None, "no output"),
-            (["--val_fraction=0.9", "--test_fraction=0.2"], None, "below 1"),
-            (["--max_seq_len=0"], None, "at least 1"), (["--corpora=alpaca:b.jsonl"], None, "b.jsonl"),
-            (["--tokenizer=b.model"], None, "b.model"), (["--augment=2"], None, "between 0 and 1")):
-        done = run("prepare_sft.py", tmp_path, *given, *options, code=code)
-        assert done.rc == 1 and said in done.err and "Traceback" not in done.err, done.err
-        assert not list(tmp_path.glob("data/sft/*"))               # nothing half-written stays
+    done = run("prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1", *option.split())
+    assert done.rc == 1 and sentence in done.err and "Traceback" not in done.err and done.err.count("\n") == 1, done.err
+    assert not list(tmp_path.glob("data/sft/*"))                   # nothing half-written stays
 
 
-def test_no_torch():
-    for script in "tokenizer.py", "train_tokenizer.py", "prepare_sft.py", "corpora.py", "config.py":
-        assert "import torch" not in (ROOT / script).read_text(encoding="utf-8")
+def test_preparing_loads_no_torch():
+    code = "import prepare_pretrain, prepare_sft, sys, train_tokenizer\nprint([m for m in sys.modules if m == 'torch'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
