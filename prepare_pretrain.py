@@ -40,6 +40,7 @@ workers        = 0         # processes that clean and encode; 0 = one per core
 constants = config.override(globals())
 
 PIECE_CHARS = 1 << 20      # longer documents are encoded in pieces: encoders need memory by length
+BLOCK = 1 << 14            # signatures that are in memory at a time
 GATHER_TOKENS = 1 << 26    # tokens of the shuffled bin that are in memory at a time
 # what is kept in memory of every document
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<u4"), ("bytes", "<u4"), ("input", "<u2")])
@@ -106,13 +107,15 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     Sources: Broder 1997, "On the resemblance and containment of documents"; keeping only the low
     bits of each minimum: Li and Konig 2010, "b-bit minwise hashing".
     """
-    x, lengths = shingle_hashes(texts, shingle)
-    has_some = lengths > 0                            # reduceat knows no empty ranges
-    starts = np.cumsum(lengths[has_some]) - lengths[has_some]
+    x, counts = shingle_hashes(texts, shingle)
+    has_some = counts > 0                             # reduceat knows no empty ranges
+    counts = counts[has_some]
+    starts = np.cumsum(counts) - counts
     rng = np.random.default_rng(seed)
-    factors = rng.integers(0, 1 << 31, n_permutations, np.uint32) * np.uint32(2) + np.uint32(1)
+    factors = rng.integers(0, 1 << 31, n_permutations, np.uint32)
+    factors = factors * np.uint32(2) + np.uint32(1)
     minima = np.empty((n_permutations, len(texts)), np.uint8)
-    own = hashes[~has_some, None].view(np.uint8).T                         # (8, texts without)
+    own = hashes[~has_some, None].view(np.uint8).T    # (8, texts without a shingle)
     minima[:, ~has_some] = np.resize(own, (n_permutations, own.shape[1]))
     if len(starts):
         for row, factor in zip(minima, factors):      # times an odd number: a permutation of all x
@@ -124,21 +127,27 @@ def shingle_hashes(texts, shingle):
     """The 32-bit hashes of all shingles, one text after the other, and their number per text."""
     texts = ["".join(text.split()) for text in texts]
     lengths = np.array([len(text) for text in texts], np.int64)
-    characters = np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.uint32)
+    ends = np.cumsum(lengths)
+    raw = "".join(texts).encode("utf-32-le")
+    characters = np.frombuffer(raw, "<u4").astype(np.uint32)
     is_wide = characters - np.uint32(0xFF01) < 94     # ，！？ and others of full width
     characters[is_wide] -= 0xFEE0
     for wide, narrow in zip("。、“”‘’", ".,\"\"''"):
         characters[characters == ord(wide)] = ord(narrow)
-    x = np.zeros(len(characters), np.uint32)          # a hash for each character where one begins
+    n = len(characters)
+    x = np.zeros(n, np.uint32)                        # at each character: of the shingle from there
     for i in range(shingle):
-        x[:len(x) - i] = x[:len(x) - i] * np.uint32(0x01000193) + characters[i:]
+        x[:n - i] *= np.uint32(0x01000193)
+        x[:n - i] += characters[i:]
     # The end of Austin Appleby's MurmurHash3: every bit of the input changes every bit of x
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     x ^= x >> np.uint32(16)
-    inside = np.ones(len(x), bool)                    # false where it would end in the next text
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> np.uint32(13)
+    x *= np.uint32(0xC2B2AE35)
+    x ^= x >> np.uint32(16)
+    inside = np.ones(n, bool)                         # false where it would end in the next text
     for i in range(1, shingle):
-        inside[np.maximum(np.cumsum(lengths) - i, 0)] = False
+        inside[np.maximum(ends - i, 0)] = False
     return x[inside], np.maximum(lengths - shingle + 1, 0)
 
 
@@ -190,10 +199,12 @@ def near_duplicates(file, gone, n_permutations, n_bands, jaccard):
         for _ in range(8):
             if not len(left):
                 break
-            is_first = np.append(True, keys[left[1:]] != keys[left[:-1]])
-            firsts = left[is_first][np.cumsum(is_first) - 1]
+            sorted_keys = keys[left]
+            is_first = np.append(True, sorted_keys[1:] != sorted_keys[:-1])
+            group = np.cumsum(is_first) - 1
+            firsts = left[is_first][group[~is_first]]
             others = left[~is_first]
-            same = similarity(file, n_permutations, firsts[~is_first], others) >= jaccard
+            same = similarity(file, n_permutations, firsts, others) >= jaccard
             near[others[same]] = True
             left = others[~same]
     return near
@@ -208,21 +219,23 @@ def band_keys(file, n_permutations, first, rows):
     """A 64-bit key of each document (n,): a hash of `rows` minima, beginning with the first."""
     rng = np.random.default_rng(0)
     factors = rng.integers(1 << 63, size=rows, dtype=np.uint64) | np.uint64(1)
-    keys, n = [], len(open_signatures(file, n_permutations))
-    for start in range(0, n, 1 << 15):
-        part = open_signatures(file, n_permutations)[start:start + (1 << 15)]
+    keys = []
+    n = len(open_signatures(file, n_permutations))
+    for start in range(0, n, BLOCK):
+        part = open_signatures(file, n_permutations)[start:start + BLOCK]
         keys.append(part[:, first:first + rows] @ factors)
     return np.concatenate(keys)
 
 
 def similarity(file, n_permutations, a, b):
     """The estimated Jaccard similarity of documents a and b, two arrays of numbers."""
-    found = np.empty(len(a), np.float32)
-    for start in range(0, len(a), 1 << 14):
+    shares = [np.zeros(0)]
+    for start in range(0, len(a), BLOCK):
         minima = open_signatures(file, n_permutations)
-        part = slice(start, start + (1 << 14))
-        found[part] = (minima[a[part]] == minima[b[part]]).mean(1)
-    return found
+        part = slice(start, start + BLOCK)
+        equal = minima[a[part]] == minima[b[part]]
+        shares.append(equal.mean(1))
+    return np.concatenate(shares)
 
 
 # ---- shuffle, split, write -----------------------------------------------------------------------
@@ -232,7 +245,8 @@ def write_bin(bin_file, ids_file, dtype, documents, order):
     ends = np.cumsum(documents["tokens"], dtype=np.int64)
     starts = ends - documents["tokens"]
     written = np.cumsum(documents["tokens"][order], dtype=np.int64)
-    for part in np.split(order, np.flatnonzero(np.diff(written // GATHER_TOKENS)) + 1):
+    cuts = np.flatnonzero(np.diff(written // GATHER_TOKENS)) + 1
+    for part in np.split(order, cuts):
         ids = np.asarray(np.memmap(ids_file, dtype, "r"))
         gathered = {}
         for i in np.sort(part):                       # disks like to be read in order
@@ -242,7 +256,8 @@ def write_bin(bin_file, ids_file, dtype, documents, order):
 
 def totals(documents):
     """Figures of some documents, for meta.json."""
-    return {"documents": len(documents), "tokens": int(documents["tokens"].sum(dtype=np.int64)),
+    return {"documents": len(documents),
+            "tokens": int(documents["tokens"].sum(dtype=np.int64)),
             "bytes": int(documents["bytes"].sum(dtype=np.int64))}
 
 
@@ -282,27 +297,29 @@ def main():
     with config.disk_space(data_dir), tempfile.TemporaryFile(dir=data_dir) as ids_file, \
             tempfile.TemporaryFile(dir=data_dir) as signature_file:
         documents, dropped = collect(inputs, ids_file, signature_file)
-        gone = np.zeros(len(documents), bool)
+        kept = np.ones(len(documents), bool)
         if dedup and len(documents):
-            gone = mark_duplicates(documents, signature_file, dropped)
+            kept = ~mark_duplicates(documents, signature_file, dropped)
         in_val = documents["hash"] < np.uint64(val_fraction * 2 ** 64)
-        train, val = totals(documents[~gone & ~in_val]), totals(documents[~gone & in_val])
-        rows = report(inputs, documents[~gone], dropped)
+        train = totals(documents[kept & ~in_val])
+        val = totals(documents[kept & in_val])
+        rows = report(inputs, documents[kept], dropped)
         print_report({**rows, "train": train, "val": val})
         if not (train["documents"] and val["documents"]):
-            raise SystemExit(f"{corpora}: too little text: {np.count_nonzero(~gone)} documents "
+            raise SystemExit(f"{corpora}: too little text: {kept.sum()} documents "
                              f"are left, of which --val_fraction={val_fraction} puts "
                              f"{val['documents']} into val.bin; both bins need one")
         meta = {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
                 "dtype": id_type(tok).name, "seed": seed, "train": train, "val": val,
                 "corpora": rows}
-        order = np.random.default_rng(seed).permutation(np.flatnonzero(~gone))
+        order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
         # The files are renamed from the last to the first: meta.json proves that the bins are whole
         with config.whole_file(f"{data_dir}/meta.json") as meta_file, \
                 config.whole_file(f"{data_dir}/val.bin", "wb") as val_file, \
                 config.whole_file(f"{data_dir}/train.bin", "wb") as train_file:
-            val_bin, train_bin = config.Checksum(val_file), config.Checksum(train_file)
+            val_bin = config.Checksum(val_file)
+            train_bin = config.Checksum(train_file)
             write_bin(val_bin, ids_file, id_type(tok), documents, order[in_val[order]])
             write_bin(train_bin, ids_file, id_type(tok), documents, order[~in_val[order]])
             meta["crc32"] = {"val.bin": val_bin.crc32, "train.bin": train_bin.crc32}

@@ -434,7 +434,8 @@ def in_order(function, items, n_workers, begin, *arguments):
     waiting = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            with ctrl_c_blocked():                    # workers inherit it when they start
+                waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * n_workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -446,9 +447,19 @@ def in_order(function, items, n_workers, begin, *arguments):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def ctrl_c_blocked():
+    """Postpone Ctrl-C; processes that start meanwhile never see it."""
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    yield
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def start_worker(begin, arguments):
-    """Prepare a worker: Ctrl-C is for the main process, and a worker ends when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a worker, which ends when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # not inherited on Windows
     main_process = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     begin(*arguments)

@@ -299,13 +299,13 @@ def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts
     large = write(tmp_path / "b.jsonl", [f"{i}{words}" for i in range(2500)])
     command = [sys.executable, SCRIPT, f"--corpora=text:{large}", f"--tokenizer={model}", f"--data_dir={out}"]
     process = subprocess.Popen([*command, "--workers=2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               encoding="utf-8")
+                               encoding="utf-8", start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.read_text().split():                                  # until the first worker is there
         assert process.poll() is None and not time.sleep(0.01)
-    process.send_signal(kill)
-    if kill != signal.SIGKILL:
-        process.send_signal(kill)                                            # an impatient user's second Ctrl-C
+    if kill == signal.SIGINT:                                                # Ctrl-C goes to the workers, too
+        os.killpg(process.pid, kill)
+    process.send_signal(kill)                                                # perhaps the user is impatient
     said = process.communicate(timeout=60)[1]
     assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
     assert "Traceback" not in said and sorted(os.listdir(out)) == sorted(before)

@@ -3,11 +3,15 @@ import base64
 import hashlib
 import io
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
-from conftest import run, story
+from conftest import ROOT, run, story
 
 import tokenizer
 
@@ -287,6 +291,22 @@ def test_what_cannot_work_ends_in_one_sentence(tmp_path, options, said):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": story(random.Random(0), 9)}), encoding="utf-8")
     done = run("train_tokenizer.py", tmp_path, "--corpora=text:a.jsonl", "--out=t.model", *options)
     assert done.rc == 1 and said in done.err and "Traceback" not in done.err and not (tmp_path / "t.model").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle_of_training(tmp_path, number):
+    rng = random.Random(0)
+    lines = ["".join(map(chr, rng.choices(range(0x4E00, 0x5200), k=60))) for _ in range(20_000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, ROOT / "train_tokenizer.py", "--corpora=txt_line:a.txt", "--out=t.model"],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                               env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"})
+    assert "training on" in process.stdout.readline()
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 128 + number and error[-1].startswith("interrupted; t.model is as it was")
+    assert not any("Traceback" in line for line in error) and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_small_vocabulary_lowers_the_coverage_or_says_what_it_needs(tmp_path):
