@@ -99,6 +99,12 @@ def joined(*parts):
         "wget -P data/dolma -i dolma/urls/v1_7.txt")
 @corpus(TEXT, "medical", "shibing624/medical, pretrain part: medical encyclopaedia and textbooks; "
         "Apache-2.0", HF + 'shibing624/medical --include "pretrain/*" --local-dir data/medical')
+@corpus(TEXT, "skypile", "SkyPile-150B: Chinese web pages; its own licence",
+        HF + "Skywork/SkyPile-150B --local-dir data/skypile  (or parts of it)")
+@corpus(TEXT, "fineweb_edu_zh", "Chinese-Fineweb-Edu of OpenCSG: educational web pages; Apache-2.0",
+        HF + "opencsg/chinese-fineweb-edu --local-dir data/fineweb  (or parts of it)")
+@corpus(TEXT, "minimind", "minimind's texts for pretraining; Apache-2.0",
+        HF + "jingyaogong/minimind_dataset pretrain_t2t_mini.jsonl --local-dir data/minimind")
 @corpus(TEXT, "txt_line", "plain text files, a document a line", "put .txt files there")
 @corpus(TEXT, "txt_blank", "plain text files, a blank line between documents",
         "put .txt files there", cut="blank")
@@ -153,13 +159,19 @@ def baike_qa2019(record):
     return joined(optional(record, "title"), optional(record, "desc"), field(record, "answer"))
 
 
+@corpus(TEXT, "cci3", "CCI 3.0 and CCI3-HQ of BAAI: Chinese web pages; terms on their pages",
+        HF + "BAAI/CCI3-HQ --local-dir data/cci3  (or parts of it)")
+def web_page(record):
+    return joined(optional(record, "title"), field(record, "text", "content"))
+
+
 @corpus(TEXT, "mnbvc", "MNBVC: Chinese web pages, news, Zhihu and much more; MIT",
         HF + "liwu/MNBVC --local-dir data/mnbvc  (or parts of it)")
 def mnbvc(record):
     paragraphs = [optional(paragraph, "内容") for paragraph in objects(record, "段落")]
     if any(paragraphs):
         return joined(optional(record, "标题"), *paragraphs)
-    return joined(optional(record, "title"), field(record, "text", "content"))
+    return web_page(record)
 
 
 @corpus(TEXT, "medical_qa", "shibing624/medical, finetune part: questions and answers, as text; "
@@ -182,7 +194,8 @@ def zhihu_text(record):
 ROLES = {"system": "system",
          "user": "user", "human": "user", "client": "user", "prompter": "user", "问": "user",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-         "counselor": "assistant", "model": "assistant", "答": "assistant", "developer": "system",
+         "counselor": "assistant", "model": "assistant", "答": "assistant", "moss": "assistant",
+         "developer": "system",
          # calls of a tool are the assistant's, their results take the place of the user's turns
          "function_call": "assistant", "observation": "user", "tool": "user", "function": "user"}
 
@@ -195,11 +208,11 @@ def dialogue(turns):
     with the reason if the rest does not fit.
     """
     system, messages = [], []
-    for role, content, *train in turns:
-        role = ROLES.get(role.lower() if isinstance(role, str) else None)
+    for name, content, *train in turns:
+        role = ROLES.get(name.lower() if isinstance(name, str) else None)
         content = normalise(content)
         if role is None:
-            raise Bad("unknown role")
+            raise Bad("unknown role", f"for example {name!r}"[:99])
         if "\ufffd" in content:
             raise Bad("broken characters")
         if role == "system" and not messages:
@@ -227,6 +240,10 @@ def pair(question, answer):
         "research only", HF + "shibing624/alpaca-zh --local-dir data/alpaca")
 @corpus(CHAT, "belle", "BELLE: instructions and dialogues, Chinese; GPL-3.0, research only",
         HF + "BelleGroup/train_1M_CN --local-dir data/belle")
+@corpus(CHAT, "coig_cqia", "COIG-CQIA: instructions from Chinese forums, exams, encyclopaedias; "
+        "terms on its page", HF + "m-a-p/COIG-CQIA --local-dir data/cqia")
+@corpus(CHAT, "long_alpaca", "LongAlpaca-12k: long English texts and questions; CC BY-NC 4.0",
+        HF + "Yukang/LongAlpaca-12k --local-dir data/long_alpaca")
 @corpus(CHAT, "medical_qa", *TEXT["medical_qa"][1:3])
 def alpaca(record):
     instruction = joined(field(record, "instruction"), optional(record, "input"))
@@ -236,14 +253,16 @@ def alpaca(record):
     if history or optional(record, "system"):
         return dialogue([("system", optional(record, "system")), *history,
                          ("user", instruction), ("assistant", answer)])
-    # BELLE's multi-turn records hold the dialogue so far: "Human:...\nAssistant:...\nHuman:..."
-    start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", instruction)
-    if start.strip() or not parts:
-        return pair(instruction, answer)
-    turns = list(zip(parts[::2], parts[1::2]))
+    turns = spoken(instruction) or [("user", instruction)]        # BELLE: the dialogue so far
     if turns[-1][0] == "Assistant" and not turns[-1][1].strip():
         turns.pop()
-    return dialogue(turns + [("Assistant", answer)])
+    return dialogue(turns + [("assistant", answer)])
+
+
+def spoken(text):
+    """[(role, content)] of a text "Human: ...\\nAssistant: ...\\nHuman: ..."; [] if it is another."""
+    start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", text)
+    return [] if start.strip() else list(zip(parts[::2], parts[1::2]))
 
 
 @corpus(CHAT, "prompt", "prompt/response, prompt/answer or question/answer: pairs in JSON, CSV or "
@@ -251,6 +270,12 @@ def alpaca(record):
 def prompt(record):
     return pair(field(record, "prompt", "question", "instruction"),
                 field(record, "response", "answer", "std_answer", "output"))
+
+
+@corpus(CHAT, "firefly", "Firefly: 23 Chinese tasks, kind, input, target; no licence stated",
+        HF + "YeungNLP/firefly-train-1.1M --local-dir data/firefly")
+def firefly(record):
+    return pair(field(record, "input"), field(record, "target"))
 
 
 @corpus(CHAT, "medical_dialogue", "Chinese questions to doctors, CSV in GBK; MIT",
@@ -269,31 +294,70 @@ def zhihu_chat(record):
         "BELLE 3.5M, SMILE and others", HF + "shibing624/sharegpt_gpt4 --local-dir data/sharegpt")
 @corpus(CHAT, "messages", "messages[{role, content}]: the form of OpenAI's API",
         'write one JSON object a line: {"messages": [{"role": "user", "content": "..."}, ...]}')
+@corpus(CHAT, "minimind", "minimind's dialogues, with reasoning and tools; Apache-2.0",
+        HF + "jingyaogong/minimind_dataset sft_t2t_mini.jsonl --local-dir data/minimind")
 @corpus(CHAT, "smoltalk", "SmolTalk: English dialogues; Apache-2.0",
         HF + "HuggingFaceTB/smoltalk --local-dir data/smoltalk")
+@corpus(CHAT, "smoltalk_zh", "smoltalk-chinese of OpenCSG: 700,000 dialogues; Apache-2.0",
+        HF + "opencsg/smoltalk-chinese --local-dir data/smoltalk_zh")
+@corpus(CHAT, "magpie_zh", "Magpie: 200,000 Chinese questions and answers by Qwen2",
+        HF + "Magpie-Align/Magpie-Qwen2-Pro-200K-Chinese --local-dir data/magpie")
+@corpus(CHAT, "long_align", "LongAlign-10k: long texts and questions; Apache-2.0",
+        HF + "THUDM/LongAlign-10k --local-dir data/long_align")
+@corpus(CHAT, "ultrachat", "UltraChat, in Firefly's form or as messages",
+        HF + "YeungNLP/ultrachat --local-dir data/ultrachat")
+@corpus(CHAT, "firefly_moss", "MOSS 003 in Firefly's form, conversation[{human, assistant}]",
+        HF + "YeungNLP/moss-003-sft-data --local-dir data/firefly_moss")
 def conversation(record):
     if isinstance(record, list):                      # SMILE: the turns and nothing around them
         record = {"messages": record}
-    turns = [("system", optional(record, "system"))]
-    for turn in objects(record, "conversations") or objects(record, "messages"):
-        train = turn.get("weight") != 0 and turn.get("train") is not False
-        turns.append((turn.get("from", turn.get("role")), content_of(turn), train))
-    for turn in objects(record, "conversation"):
-        turns += [("user", optional(turn, "human")), ("assistant", optional(turn, "assistant"))]
-    if len(turns) == 1:
+    turns = [("system", optional(record, "system")), ("system", as_text(record.get("tools")))]
+    turns += map(turn_of, objects(record, "conversations") or objects(record, "messages"))
+    for exchange in objects(record, "conversation"):
+        turns += [("user", optional(exchange, "human"))]
+        turns += [("assistant", optional(exchange, "assistant"))]
+    if len(turns) == 2:
         raise Bad("no conversation")
     return dialogue(turns)
 
 
-def content_of(turn):
-    """The text of a turn: a string, a list of parts with `text`, or the call of a tool."""
+def turn_of(turn):
+    """(role, text, whether it is trained on) of a turn with from and value, or role and content.
+
+    Reasoning stands before an answer in <think>, as Qwen3 and DeepSeek-R1 write it; definitions and
+    calls of tools are text, too.
+    """
     parts = objects(turn, "content")
     if any(part.get("type", "text") != "text" for part in parts):
         raise Bad("not only text")
-    text = optional(turn, "value") or optional(turn, "content") or joined(
-        *(optional(part, "text") for part in parts))
-    call = turn.get("tool_calls") or turn.get("function_call")
-    return text or (json.dumps(call, ensure_ascii=False) if call else "")
+    text = joined(optional(turn, "value") or optional(turn, "content"),
+                  *(optional(part, "text") for part in parts),
+                  *(as_text(turn.get(name)) for name in ("tools", "tool_calls", "function_call")))
+    if thought := optional(turn, "reasoning_content"):
+        text = f"<think>\n{thought}\n</think>\n\n{text}"
+    is_trained = turn.get("weight") != 0 and turn.get("train") is not False
+    return turn.get("from", turn.get("role")), text, is_trained
+
+
+def as_text(value):
+    """The text itself, or the JSON of an object or a list; "" if there is nothing in it."""
+    if isinstance(value, str) or not value:
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+@corpus(CHAT, "moss", "MOSS 002 and 003 of Fudan: dialogues, Chinese and English; CC BY-NC 4.0",
+        HF + "fnlp/moss-003-sft-data --local-dir data/moss  (and unpack it)")
+def moss(record):
+    chat = record.get("chat")
+    if not isinstance(chat, dict):                    # MOSS 002
+        text = field(record, "plain_text")
+    else:
+        if any("None<eoc>" not in field(turn, "Commands") for turn in chat.values()):
+            raise Bad("uses tools")
+        text = "".join(optional(turn, name) for turn in chat.values() for name in ("Human", "MOSS"))
+    turns = re.findall(r"(?:<\|(\w+)\|>|\[(\w+)\]): ?(.*?)<eo[ahm]>", text, re.S)
+    return dialogue([(new or old, content) for new, old, content in turns])
 
 
 # ---- corpora of a command line -------------------------------------------------------------------

@@ -407,11 +407,11 @@ def parquet_records(path, problems):
         for batch in file.iter_batches(batch_size=512, columns=columns):
             try:
                 yield from batch.to_pylist()
-            except ValueError:                        # invalid UTF-8 in some row
+            except (ValueError, OverflowError):       # invalid UTF-8 in some row, or a long time
                 for i in range(batch.num_rows):
                     try:
                         yield from batch.slice(i, 1).to_pylist()
-                    except ValueError:
+                    except (ValueError, OverflowError):
                         yield Bad("broken parquet")
     except (ValueError, OSError):                     # ArrowInvalid is a ValueError
         problems.append(Bad("broken parquet"))

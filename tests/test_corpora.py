@@ -236,6 +236,9 @@ def test_parquet_without_dates_and_times(tmp_path):
     nested = pyarrow.array([[{"role": "user", "content": "一", "at": 1}, {"role": "assistant", "content": "二", "at": 2}]] * 7,
                            pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()),
                                                          ("at", pyarrow.timestamp("ns"))])))
+    long = pyarrow.array([2**61] * 7, pyarrow.duration("s"))
+    parquet.write_table(pyarrow.table({"text": [d["text"] for d in DOCS], "long": long}), tmp_path / "b.parquet")
+    assert [str(d) for _, d in documents(f"text:{tmp_path}/b.parquet")] == ["broken parquet"] * 7
     table = pyarrow.table({"date": far, "text": [d["text"] for d in DOCS], "time": nanoseconds, "messages": nested})
     parquet.write_table(table, tmp_path / "a.parquet")
     assert [d for _, d in documents(f"text:{tmp_path}/a.parquet")] == [d["text"] for d in DOCS]
@@ -278,6 +281,8 @@ RECORDS = {
     "clue_small": ("正文", "正文"),
     "mnbvc": ({"文件名": "a", "段落": [{"行号": 1, "内容": "一"}, {"行号": 2, "内容": "二"}]}, "一\n二"),
     "txt_line": ("正文", "正文"), "txt_blank": ("正文", "正文"), "txt_file": ("正文", "正文"),
+    "skypile": ({"text": "正文"}, "正文"), "fineweb_edu_zh": ({"text": "正文", "score": 0.9, "source": "x"}, "正文"),
+    "minimind": ({"text": "正文"}, "正文"), "cci3": ({"id": "1", "text": "正文", "score": 3.1}, "正文"),
     "text": ({"title": "静夜思", "author": "李白", "text": "床前明月光"}, "静夜思\n李白\n床前明月光"),
 }
 
@@ -286,6 +291,7 @@ def test_every_text_data_set_in_its_own_schema():
     assert RECORDS.keys() <= TEXT.keys()
     for name, (record, text) in RECORDS.items():
         assert TEXT[name].read(record) == text, name
+    assert TEXT["cci3"].read({"id": "1", "title": "标题", "content": "正文"}) == "标题\n正文"
     assert TEXT["mnbvc"].read({"text": "知乎"}) == "知乎" and TEXT["mnbvc"].read({"content": "新闻"}) == "新闻"
 
 
@@ -330,6 +336,35 @@ DIALOGUES = [
     ("sharegpt", [{"role": "client", "content": "一"}, {"role": "counselor", "content": "二"}], talk("一", "二")),
     ("alpaca", {"instruction": "三", "input": "", "output": "四", "history": [["一", "二"]], "system": "简短"},
      talk("一", "二", "三", "四", system="简短")),
+    ("firefly", {"kind": "NLI", "input": "问", "target": "答"}, talk("问", "答")),
+    ("firefly_moss", {"conversation_id": 1, "category": "c", "conversation": [{"human": "一", "assistant": "二"}]},
+     talk("一", "二")),
+    ("ultrachat", {"conversation": [{"human": "一", "assistant": "二"}, {"human": "三", "assistant": "四"}]},
+     talk("一", "二", "三", "四")),
+    ("coig_cqia", {"instruction": "问", "input": "", "output": "答", "task_type": {"major": ["问答"]}, "metadata": None},
+     talk("问", "答")),
+    ("long_alpaca", {"file": "", "input": "", "instruction": "a long text, and?", "output": "b"}, talk("a long text, and?", "b")),
+    ("long_align", {"id": "1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "length": 9},
+     talk("a", "b")),
+    ("magpie_zh", {"uuid": "1", "instruction": "问", "response": "答", "conversations": [
+        {"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}], "gen_input_configs": {}}, talk("问", "答")),
+    ("smoltalk_zh", {"conversations": [{"from": "user", "value": "问"}, {"from": "assistant", "value": "答"}]}, talk("问", "答")),
+    ("moss", {"conversation_id": 1, "meta_instruction": "You are an AI assistant", "num_turns": 2, "chat": {
+        f"turn_{i}": {"Human": f"<|Human|>: {q}<eoh>\n", "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n",
+                      "Commands": "<|Commands|>: None<eoc>\n", "Tool Responses": "<|Results|>: None<eor>\n",
+                      "MOSS": f"<|MOSS|>: {a}<eom>\n"} for i, q, a in ((1, "一", "二"), (2, "三\n三", "四"))}},
+     talk("一", "二", "三\n三", "四")),
+    ("moss", {"id": 0, "plain_text": "[Human]: 一<eoh> [MOSS]: 二<eoa> [Human]: 三<eoh> [MOSS]: 四<eoa>"}, talk("一", "二", "三", "四")),
+    ("minimind", {"conversations": [
+        {"role": "system", "content": "简短", "tools": '[{"name": "now"}]', "reasoning_content": "", "tool_calls": ""},
+        {"role": "user", "content": "几点？", "reasoning_content": "", "tools": "", "tool_calls": ""},
+        {"role": "assistant", "content": "", "reasoning_content": "要查。", "tools": "", "tool_calls": '[{"name": "now"}]'},
+        {"role": "tool", "content": "三点", "reasoning_content": "", "tools": "", "tool_calls": ""},
+        {"role": "assistant", "content": "三点。", "reasoning_content": "", "tools": "", "tool_calls": ""}]},
+     talk("几点？", '<think>\n要查。\n</think>\n\n[{"name": "now"}]', "三点", "三点。", system='简短\n[{"name": "now"}]')),
+    ("messages", {"tools": [{"type": "function"}], "messages": [{"role": "user", "content": "一"}, {
+        "role": "assistant", "content": "查一下", "tool_calls": [{"id": 1}]}]},
+     talk("一", '查一下\n[{"id": 1}]', system='[{"type": "function"}]')),
     ("smoltalk", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     talk("a", "b")),
 ]
@@ -353,6 +388,12 @@ def test_every_chat_data_set_in_its_own_schema():
 def test_dialogues_that_do_not_fit_have_a_reason(turns, reason):
     with pytest.raises(Bad, match=reason):
         CHAT["sharegpt"].read({"conversations": [{"from": role, "value": value} for role, value in turns]})
+
+
+def test_a_tool_of_moss_drops_the_dialogue():
+    turn = {"Human": "<|Human|>: 一<eoh>\n", "Commands": '<|Commands|>: Search("x")<eoc>\n', "MOSS": "<|MOSS|>: 二<eom>\n"}
+    with pytest.raises(Bad, match="uses tools"):
+        CHAT["moss"].read({"chat": {"turn_1": turn}})
 
 
 def test_a_picture_among_the_parts_of_a_turn_drops_the_dialogue():
