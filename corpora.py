@@ -41,12 +41,15 @@ class Corpus(NamedTuple):
 
 BATCH_CHARS = 1 << 17      # characters of records that a worker is given at a time: the hashes of
                            # their substrings fit into the CPU's cache
-TEXT, CHAT = {}, {}
+TEXT, CHAT, PREFERENCE = {}, {}, {}
 HF = "hf download --repo-type dataset "
 
 
 def corpus(table, name, what, get, cut="line"):
-    """Register the function below in TEXT (record -> str) or CHAT (record -> messages)."""
+    """Register the function below in TEXT, CHAT or PREFERENCE.
+
+    These make of a record: a str; messages; messages and two answers to them, the better one first.
+    """
     def register(function):
         table[name] = Corpus(function, what, get, cut)
         return function
@@ -253,16 +256,21 @@ def alpaca(record):
     if history or optional(record, "system"):
         return dialogue([("system", optional(record, "system")), *history,
                          ("user", instruction), ("assistant", answer)])
-    turns = spoken(instruction) or [("user", instruction)]        # BELLE: the dialogue so far
+    return dialogue(spoken(instruction, "user") + [("assistant", answer)])
+
+
+def spoken(text, speaker):
+    """[(role, content)] of "Human: ...\\nAssistant: ...\\nHuman: ...", as in BELLE and HH.
+
+    A last turn of the assistant that is empty is left off. Other texts are a turn of the speaker.
+    """
+    start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", text)
+    if start.strip() or not parts:
+        return [(speaker, text)]
+    turns = list(zip(parts[::2], parts[1::2]))
     if turns[-1][0] == "Assistant" and not turns[-1][1].strip():
         turns.pop()
-    return dialogue(turns + [("assistant", answer)])
-
-
-def spoken(text):
-    """[(role, content)] of a text "Human: ...\\nAssistant: ...\\nHuman: ..."; [] if it is another."""
-    start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", text)
-    return [] if start.strip() else list(zip(parts[::2], parts[1::2]))
+    return turns
 
 
 @corpus(CHAT, "prompt", "prompt/response, prompt/answer or question/answer: pairs in JSON, CSV or "
@@ -349,10 +357,9 @@ def as_text(value):
 @corpus(CHAT, "moss", "MOSS 002 and 003 of Fudan: dialogues, Chinese and English; CC BY-NC 4.0",
         HF + "fnlp/moss-003-sft-data --local-dir data/moss  (and unpack it)")
 def moss(record):
+    text = optional(record, "plain_text")             # MOSS 002
     chat = record.get("chat")
-    if not isinstance(chat, dict):                    # MOSS 002
-        text = field(record, "plain_text")
-    else:
+    if isinstance(chat, dict):
         if any("None<eoc>" not in field(turn, "Commands") for turn in chat.values()):
             raise Bad("uses tools")
         text = "".join(optional(turn, name) for turn in chat.values() for name in ("Human", "MOSS"))
@@ -360,12 +367,45 @@ def moss(record):
     return dialogue([(new or old, content) for new, old, content in turns])
 
 
+# ---- preferences: a better and a worse answer ----------------------------------------------------
+
+@corpus(PREFERENCE, "preference", "chosen and rejected, each a text, a turn or all turns, with "
+        "prompt, question, instruction, conversations or none: TRL's, LLaMA-Factory's, HH's forms",
+        'write one JSON object a line: {"prompt": "...", "chosen": "...", "rejected": "..."}')
+@corpus(PREFERENCE, "minimind_dpo", "minimind's preferences; Apache-2.0",
+        HF + "jingyaogong/minimind_dataset dpo.jsonl --local-dir data/minimind")
+def preference(record):
+    *prompt, chosen = dialogue(side(record, "chosen"))
+    *other_prompt, rejected = dialogue(side(record, "rejected"))
+    if prompt != other_prompt:
+        raise Bad("the sides begin with different prompts")
+    if chosen["content"] == rejected["content"]:
+        raise Bad("both sides are equal")
+    return prompt, chosen["content"], rejected["content"]
+
+
+def side(record, name):
+    """The turns of a dialogue that ends with the answer in this field."""
+    turns = [("system", optional(record, "system"))]
+    value = record.get(name)
+    answer = [value] if isinstance(value, dict) else objects(record, name)
+    answer = list(map(turn_of, answer)) or spoken(field(record, name), "assistant")
+    if ROLES.get(str(answer[0][0]).lower()) != "assistant":
+        return turns + answer                         # it begins with the prompt
+    for prompt in "prompt", "conversations", "messages":
+        turns += map(turn_of, objects(record, prompt))
+    if len(turns) == 1:
+        question = field(record, "prompt", "question", "instruction")
+        turns += spoken(joined(question, optional(record, "input")), "user")
+    return turns + answer
+
+
 # ---- corpora of a command line -------------------------------------------------------------------
 
 def sources(spec, table):
     """[(corpus, name, files)] of "name:path,name:path", corpus being one such part of the string.
 
-    table: TEXT or CHAT. Raises SystemExit with one sentence for an unknown name or missing files.
+    table: TEXT, CHAT or PREFERENCE. Raises SystemExit with one sentence for an unknown name or missing files.
     """
     found = []
     for part in filter(None, map(str.strip, re.split(r",(?=\s*\w+:|\s*$)", spec))):
@@ -430,8 +470,8 @@ def read(table, name, where, record):
     function = table[name].read
     try:
         result = function(record)
-        if not isinstance(result, (str, list)):
-            raise TypeError(f"{type(result).__name__} is neither text nor dialogue")
+        if not isinstance(result, (str, list, tuple)):
+            raise TypeError(f"{type(result).__name__} is neither text nor dialogue nor pair")
         return result
     except Bad:
         raise
@@ -475,7 +515,8 @@ def each(spec, table, make):
 
 
 if __name__ == "__main__":
-    for title, table in ("for pretraining", TEXT), ("for fine-tuning", CHAT):
+    for title, table in (("for pretraining", TEXT), ("for fine-tuning", CHAT),
+                         ("preferences, for dpo.py", PREFERENCE)):
         print(f"{title}:")
         for name, data_set in table.items():
             print(f"  {name:<17} {data_set.what}\n{'':20}{data_set.get}")

@@ -4,6 +4,8 @@
     python prepare_sft.py --corpora=alpaca:data/alpaca,sharegpt:a.jsonl public ones, or your own
     python prepare_sft.py --show=3                                      print three examples
 
+    python prepare_sft.py --corpora=preference:pairs.jsonl              pairs for dpo.py
+
 The loss counts on every answer and the token that ends it, and on nothing else. Answers are never
 cut: a dialogue that is too long loses whole early turns, or is dropped. Every record is used or
 counted under a reason. Writes to data_dir, for train and val alike:
@@ -13,6 +15,9 @@ counted under a reason. Writes to data_dir, for train and val alike:
     train.idx  int64   where each example begins, and the end of the last one
     test.jsonl         held-out dialogues for eval_bleu.py: {"messages": [...], "corpus": "..."}
     meta.json          the report, and the tokenizer that all this belongs to
+
+Of preferences, examples 2 i and 2 i + 1 are the better and the worse answer to one prompt, and the
+loss counts on the last answer only; meta.json says "pairs": true.
 
 The same input and constants give the same bytes with any number of workers.
 """
@@ -28,7 +33,7 @@ import numpy as np
 
 import config
 from cleaning import hash64
-from corpora import CHAT, Bad, batches, dialogues, read, sources
+from corpora import CHAT, PREFERENCE, Bad, batches, raw_records, read, sources
 from readers import in_order, interruptible, print_report
 from tokenizer import load
 
@@ -54,6 +59,7 @@ TOO_LONG = "longer than max_seq_len"              # a reason to drop a record
 NOT_IN_BYTES = "data_dir", "workers", "show"      # constants that do not change what is written
 SPLITS = "train", "val", "test"
 FILES = [(split, suffix) for split in ("train", "val") for suffix in ("bin", "mask", "idx")]
+TABLE = CHAT | PREFERENCE
 SAMPLE = 1000                                     # records read to see if they share a question
 
 
@@ -70,35 +76,43 @@ def examples(batch):
     results = []
     for number, name, where, record in batch:
         try:
-            messages = read(CHAT, name, where, record)
-            results.append((number, example(messages, number in split_by_dialogue)))
+            dialogues = dialogues_of(read(TABLE, name, where, record))
+            results.append((number, example(dialogues, number in split_by_dialogue)))
         except Bad as bad:
             results.append((number, bad))
     return results
 
 
-def example(messages, by_dialogue=False):
-    """What is written of a dialogue, as a dict; raises Bad with the reason to drop it.
+def dialogues_of(found):
+    """A dialogue alone in a list; or two, with the better and the worse answer of a preference."""
+    if isinstance(found, list):
+        return [found]
+    prompt, *answers = found
+    prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in prompt]
+    return [prompt + [{"role": "assistant", "content": answer}] for answer in answers]
 
-    key: hash of the whole dialogue, to find duplicates. split: by the hash of the first question,
-    so that no question is in two splits; by_dialogue: by the key.
+
+def example(dialogues, by_dialogue=False):
+    """What is written of a record, as a dict; raises Bad with the reason to drop it.
+
+    key: hash of the whole record, to find duplicates. split: by the hash of the first question, so
+    that no question is in two splits; by_dialogue: by the key.
     """
-    check_lengths(messages)
-    key = hash64(json.dumps(messages))
-    kept, ids, mask = fit(messages)
+    check_lengths(dialogues)
+    key = hash64("".join(map(json.dumps, dialogues)))
+    kept, rendered = fit(dialogues)
     split = split_of(key if by_dialogue else hash64(first_question(kept)))
-    rng, augmented = random.Random(f"{seed} {key}"), False
-    if split == "train" and rng.random() < augment:
-        noisy = [{**m, "content": with_typos(m["content"], rng)} if m["role"] == "user" else m
-                 for m in kept]
-        noisy_ids, noisy_mask = worker_tokenizer.render(noisy)
-        if len(noisy_ids) <= max_seq_len:
-            ids, mask, augmented = noisy_ids, noisy_mask, True
-    if not any(mask):
+    augmented = False
+    if split == "train":
+        noisy = [with_noise(messages, random.Random(f"{seed} {key}")) for messages in kept]
+        if noisy != kept and (fitting := render(noisy)):
+            rendered, augmented = fitting, True
+    if not all(any(mask) for _, mask in rendered):
         raise Bad("no target")
-    return {"key": key, "split": split, "messages": kept, "augmented": augmented,
-            "shortened": len(kept) < len(messages),
-            "ids": np.array(ids, id_type(worker_tokenizer)), "mask": np.array(mask, "u1")}
+    dtype = id_type(worker_tokenizer)
+    return {"key": key, "split": split, "dialogues": kept, "augmented": augmented,
+            "shortened": len(kept[0]) < len(dialogues[0]),
+            "rendered": [(np.array(ids, dtype), np.array(mask, "u1")) for ids, mask in rendered]}
 
 
 def id_type(tok):
@@ -106,9 +120,9 @@ def id_type(tok):
     return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
 
 
-def check_lengths(messages):
+def check_lengths(dialogues):
     """Raise Bad if a turn is shorter or longer than the constants allow."""
-    for message in messages:
+    for message in itertools.chain.from_iterable(dialogues):
         n = len(message["content"])
         if message["role"] == "user" and not min_prompt <= n <= max_prompt:
             raise Bad("prompt too short" if n < min_prompt else "prompt too long")
@@ -116,28 +130,35 @@ def check_lengths(messages):
             raise Bad("answer too short" if n < min_answer else "answer too long")
 
 
-def fit(messages):
-    """The dialogue without as few early turns as make it fit, and its ids and mask.
+def render(dialogues):
+    """[(ids, mask)] of the dialogues; None if one of them is too long."""
+    rendered = [worker_tokenizer.render(messages) for messages in dialogues]
+    return rendered if max(len(ids) for ids, _ in rendered) <= max_seq_len else None
+
+
+def fit(dialogues):
+    """The dialogues without as few early turns as make them fit, and their (ids, mask).
 
     A system text stays, and what follows begins with a turn of the user. Raises Bad if not even the
     last exchange fits.
     """
-    system = [m for m in messages[:1] if m["role"] == "system"]
+    messages = dialogues[0]                           # the other has the same turns but the last
+    n_system = int(messages[0]["role"] == "system")
     longest = None
-    for start in reversed(range(len(system), len(messages))):     # few steps for a long dialogue
+    for start in reversed(range(n_system, len(messages))):        # few steps for a long dialogue
         if messages[start]["role"] == "user":
-            kept = system + messages[start:]
-            ids, mask = worker_tokenizer.render(kept)
-            if len(ids) > max_seq_len:
+            kept = [turns[:n_system] + turns[start:] for turns in dialogues]
+            rendered = render(kept)
+            if not rendered:
                 break
-            longest = kept, ids, mask
+            longest = kept, rendered
     if not longest:
         raise Bad(TOO_LONG)
     return longest
 
 
-def first_question(messages):
-    return next(message["content"] for message in messages if message["role"] == "user")
+def first_question(dialogues):
+    return next(message["content"] for message in dialogues[0] if message["role"] == "user")
 
 
 def split_of(hash):
@@ -146,6 +167,14 @@ def split_of(hash):
     if position < test_fraction:
         return "test"
     return "val" if position < test_fraction + val_fraction else "train"
+
+
+def with_noise(messages, rng):
+    """A share of all dialogues with typos in the questions, the others as they are."""
+    if rng.random() >= augment:
+        return messages
+    return [{**m, "content": with_typos(m["content"], rng)} if m["role"] == "user" else m
+            for m in messages]
 
 
 def with_typos(text, rng):
@@ -163,20 +192,25 @@ def with_typos(text, rng):
 def sharing_a_question(inputs):
     """The numbers of the inputs whose first records mostly begin with the same question."""
     found = set()
-    for number, (corpus, _, _) in enumerate(inputs):
-        start = itertools.islice(dialogues(corpus), SAMPLE)
-        questions = Counter(first_question(m) for _, m in start if not isinstance(m, Bad))
+    for number, source in enumerate(inputs):
+        questions = Counter()
+        for _, name, where, record in itertools.islice(raw_records([source], TABLE), SAMPLE):
+            try:
+                dialogues = dialogues_of(read(TABLE, name, where, record))
+                questions[first_question(dialogues)] += 1
+            except Bad:
+                continue                              # counted when all records are read
         most = max(questions.values(), default=0)
         if most > 1 and most > questions.total() / 2:
             found.add(number)
-            print(f"{corpus}: most dialogues begin with the same question, so they are split by a "
+            print(f"{source[0]}: most dialogues begin with the same question, so they are split by a "
                   "hash of the whole dialogue")
     return found
 
 
 def results(inputs):
     """Yield (corpus, example or Bad) for every record, in the order of the files."""
-    batched = batches(inputs, CHAT, "preparing")
+    batched = batches(inputs, TABLE, "preparing")
     made = in_order(examples, batched, workers or os.cpu_count(), begin, tokenizer,
                     sharing_a_question(inputs))
     with closing(made):
@@ -187,9 +221,9 @@ def results(inputs):
 def write(files, results, rows):
     """Write the examples as they come and count them in rows, {corpus or split: figures}.
 
-    Returns the first `show` training examples of each corpus.
+    Returns (ids, mask) of the first `show` training examples of each corpus.
     """
-    seen, shown, n_shown = set(), [], Counter()
+    seen, shown, n_shown, ends = set(), [], Counter(), Counter()
     for split in "train", "val":
         files[split, "idx"].write(np.array([0], "<i8"))
     for corpus, result in results:
@@ -204,27 +238,32 @@ def write(files, results, rows):
         count(result, rows[corpus])
         count(result, rows[split])
         if split == "test":
-            line = {"messages": result["messages"], "corpus": corpus}
+            line = {"messages": result["dialogues"][0], "corpus": corpus}
+            if len(result["dialogues"]) == 2:
+                line["rejected"] = result["dialogues"][1][-1]["content"]
             text = json.dumps(line, ensure_ascii=False) + "\n"
             files["test", "jsonl"].write(text.encode("utf-8"))
             continue
         if split == "train" and n_shown[corpus] < show:
             n_shown[corpus] += 1
-            shown.append(result)
-        files[split, "bin"].write(result["ids"])
-        files[split, "mask"].write(result["mask"])
-        files[split, "idx"].write(np.array([rows[split]["tokens"]], "<i8"))
+            shown += result["rendered"]
+        for ids, mask in result["rendered"]:
+            ends[split] += len(ids)
+            files[split, "bin"].write(ids)
+            files[split, "mask"].write(mask)
+            files[split, "idx"].write(np.array([ends[split]], "<i8"))
     return shown
 
 
-def count(example, row):
-    """Add the figures of an example to a row of the report."""
-    row["examples"] += 1
-    row["tokens"] += len(example["ids"])
-    row["targets"] += int(example["mask"].sum())
-    row["longest"] = max(row["longest"], len(example["ids"]))
-    row["shortened"] += example["shortened"]
-    row["augmented"] += example["augmented"]
+def count(result, row):
+    """Add the figures of a record to a row of the report."""
+    for ids, mask in result["rendered"]:
+        row["examples"] += 1
+        row["tokens"] += len(ids)
+        row["targets"] += int(mask.sum())
+        row["longest"] = max(row["longest"], len(ids))
+    row["shortened"] += result["shortened"]
+    row["augmented"] += result["augmented"]
 
 
 # ---- what the user sees --------------------------------------------------------------------------
@@ -242,13 +281,13 @@ def print_figures(rows):
               "as long")
 
 
-def print_examples(tok, examples):
+def print_examples(tok, shown):
     """Print examples with the tokens that count in the loss highlighted."""
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
     names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.end_id: "<|end|>"}
     names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
-    for example in examples:
-        ids, mask = example["ids"].tolist(), example["mask"].tolist()
+    for ids, mask in shown:
+        ids, mask = ids.tolist(), mask.tolist()
         print(f"\n--- an example of {len(ids)} tokens, of which {sum(mask)} count in the loss, "
               f"marked {on}like this{off}")
         for counts, run in itertools.groupby(zip(ids, mask), key=lambda token: token[1]):
@@ -272,7 +311,11 @@ def check_constants():
 
 def main():
     check_constants()
-    inputs, tok = sources(corpora, CHAT), load(tokenizer)
+    inputs, tok = sources(corpora, TABLE), load(tokenizer)
+    pairs = {name in PREFERENCE for _, name, _ in inputs}
+    if len(pairs) == 2:
+        raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
+                         "--data_dir of its own")
     figures = "examples", "tokens", "targets", "longest", "shortened", "augmented"
     figures = dict.fromkeys(figures, 0)
     by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}
@@ -293,7 +336,7 @@ def main():
             raise SystemExit(f"{corpora}: no dialogue is left to train on")
         meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": id_type(tok).name, "seed": seed, "max_seq_len": max_seq_len,
+                "dtype": id_type(tok).name, "pairs": pairs == {True}, "seed": seed, "max_seq_len": max_seq_len,
                 "longest": max(row["longest"] for row in splits.values()),
                 **splits, "corpora": by_corpus,
                 "crc32": {".".join(name): file.crc32 for name, file in files.items()},

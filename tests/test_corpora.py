@@ -23,7 +23,7 @@ import corpora
 import readers
 from cleaning import clean, normalise, quality
 from conftest import ROOT, run, story
-from corpora import CHAT, TEXT, Bad, dialogues, documents
+from corpora import CHAT, PREFERENCE, TEXT, Bad, dialogues, documents
 from readers import records
 
 DOCS = [{"text": f"第{i}篇：春天来了，小河边的柳树发芽了。"} for i in range(7)]
@@ -390,6 +390,41 @@ def test_dialogues_that_do_not_fit_have_a_reason(turns, reason):
         CHAT["sharegpt"].read({"conversations": [{"from": role, "value": value} for role, value in turns]})
 
 
+USER, ASSISTANT = {"role": "user", "content": "问"}, {"role": "assistant", "content": "中"}
+HH = "\n\nHuman: 一\n\nAssistant: 二\n\nHuman: 三\n\nAssistant:"
+PREFERENCES = [
+    ({"conversations": [{"from": "human", "value": "问"}], "chosen": "好", "rejected": "坏"}, talk("问")),     # MedicalGPT
+    ({"conversations": [{"from": "human", "value": "问"}], "chosen": {"from": "gpt", "value": "好"},         # LLaMA-Factory
+      "rejected": {"from": "gpt", "value": "坏"}}, talk("问")),
+    ({"instruction": "翻译", "input": "你好", "chosen": "好", "rejected": "坏", "system": "简短"}, talk("翻译\n你好", system="简短")),
+    ({"chosen": [USER, {**ASSISTANT, "content": "好"}], "rejected": [USER, {**ASSISTANT, "content": "坏"}]}, talk("问")),  # minimind
+    ({"prompt": "问", "chosen": [USER, {**ASSISTANT, "content": "好"}],                                       # ultrafeedback
+      "rejected": [USER, {**ASSISTANT, "content": "坏"}]}, talk("问")),
+    ({"prompt": "问", "chosen": "好", "rejected": "坏"}, talk("问")),                                          # TRL's
+    ({"prompt": [USER, ASSISTANT, USER], "chosen": [{**ASSISTANT, "content": "好"}],
+      "rejected": [{**ASSISTANT, "content": "坏"}]}, talk("问", "中", "问")),
+    ({"question": "问", "chosen": "好", "rejected": "坏"}, talk("问")),
+    ({"chosen": HH + " 好", "rejected": HH + " 坏"}, talk("一", "二", "三")),                                  # HH
+    ({"prompt": HH, "chosen": " 好", "rejected": " 坏"}, talk("一", "二", "三")),
+]
+
+
+@pytest.mark.parametrize("record, prompt", PREFERENCES)
+def test_preferences_in_every_form(record, prompt):
+    assert corpora.read(PREFERENCE, "preference", "", record) == (prompt, "好", "坏")
+    assert corpora.read(PREFERENCE, "minimind_dpo", "", record) == (prompt, "好", "坏")
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"rejected": "好"}, "both sides are equal"), ({"chosen": " "}, "no chosen"), ({"rejected": None}, "no rejected"),
+    ({"prompt": ""}, "no prompt"), ({"rejected": "坏\ufffd"}, "broken characters"),
+    ({"rejected": [{"role": "user", "content": "另问"}, {"role": "assistant", "content": "坏"}]}, "different prompts"),
+    ({"chosen": [{"role": "assistant", "content": ""}]}, "empty turn"), ({"prompt": [{"role": "x", "content": "一"}]}, "unknown role")])
+def test_pairs_that_teach_nothing_have_a_reason(change, reason):
+    with pytest.raises(Bad, match=reason):
+        corpora.read(PREFERENCE, "preference", "", {"prompt": "问", "chosen": "好", "rejected": "坏", **change})
+
+
 def test_a_tool_of_moss_drops_the_dialogue():
     turn = {"Human": "<|Human|>: 一<eoh>\n", "Commands": '<|Commands|>: Search("x")<eoc>\n', "MOSS": "<|MOSS|>: 二<eom>\n"}
     with pytest.raises(Bad, match="uses tools"):
@@ -438,14 +473,15 @@ def test_no_record_however_strange_is_fatal():
     fields = ("text title author completion summary sections content story_zh desc answer INSTRUCTION RESPONSE 段落 "
               "instruction input output prompt response question ask conversations messages system").split()
     rng = random.Random(1)
-    for name, table in [(n, t) for t in (TEXT, CHAT) for n in t]:
+    fields += "chosen rejected chat plain_text tools conversation".split()
+    for name, table in [(n, t) for t in (TEXT, CHAT, PREFERENCE) for n in t]:
         for i in range(300):
             record = {f: rng.choice(STRANGE) for f in rng.sample(fields, 9)} if i >= len(STRANGE) else STRANGE[i]
             try:
-                result = (corpora.document if table is TEXT else corpora.messages)(name, record)
+                result = corpora.document(name, record) if table is TEXT else corpora.read(table, name, "", record)
                 json.dumps(result, ensure_ascii=False).encode("utf-8")
             except Bad as bad:
-                assert str(bad)
+                assert str(bad) and "Error in" not in str(bad), (name, record)
 
 
 def test_mutated_files_never_end_in_a_traceback(tmp_path):
@@ -646,7 +682,7 @@ def test_a_wrong_spec_ends_in_one_line(spec, parts):
 
 
 def test_every_data_set_says_what_it_is_and_how_to_get_it():
-    for table in TEXT, CHAT:
+    for table in TEXT, CHAT, PREFERENCE:
         for name, data_set in table.items():
             assert len(data_set.what) > 10 and len(data_set.get) > 10 and "\n" not in data_set.what + data_set.get, name
 

@@ -225,7 +225,54 @@ def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_pa
     assert meta["val"]["augmented"] == 0
 
 
+def test_pairs_are_two_examples_with_the_same_prompt_in_one_split(tok, tmp_path):
+    def exchange(i, turns):
+        return [{"role": role, "content": f"{i}-{t}{role[0]}"} for t in range(turns) for role in ("user", "assistant")][:-1]
+    records = [{"prompt": exchange(i, 1 + i % 9), "chosen": f"好{i}", "rejected": "坏" * (1 + i % 5) + str(i)} for i in range(300)]
+    bad = [{**records[0], "rejected": "好0"}, {**records[1], "chosen": ""}, records[2], {**records[3], "rejected": "坏" * 60}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records + bad)), encoding="utf-8")
+    for workers in 1, 2:
+        done = run("prepare_sft.py", tmp_path, "--corpora=preference:a.jsonl", f"--tokenizer={tok.name}", "--max_seq_len=60",
+                   "--val_fraction=0.2", "--test_fraction=0.1", f"--workers={workers}", f"--data_dir=d{workers}", "--augment=0.2")
+        assert done.rc == 0, done.err
+    for path in (tmp_path / "d1").iterdir():
+        assert path.read_bytes() == (tmp_path / "d2" / path.name).read_bytes()
+    meta = json.loads((tmp_path / "d1/meta.json").read_text(encoding="utf-8"))
+    row, seen = meta["corpora"]["preference:a.jsonl"], Counter()
+    assert meta["pairs"] is True and row["records"] == 304 and row["examples"] == 600
+    assert row["dropped"] == {"both sides are equal": 1, "no chosen": 1, "duplicate": 1, "longer than max_seq_len": 1}
+    n_shortened = n_noisy = 0
+    for split in "train", "val":
+        examples = read(tmp_path / "d1", split)
+        assert len(examples) == meta[split]["examples"] > 50
+        for sides in zip(examples[::2], examples[1::2]):
+            (*prompt, chosen), (*other_prompt, rejected) = [parse(tok, ids) for ids, _ in sides]
+            number = int(chosen["content"][1:])
+            whole = records[number]["prompt"]
+            assert prompt == other_prompt and chosen["content"] == records[number]["chosen"]
+            assert rejected["content"] == records[number]["rejected"]
+            for (ids, mask), answer in zip(sides, (chosen, rejected)):         # the last answer only
+                n = len(tok.encode(answer["content"])) + 1
+                assert mask == [0] * (len(ids) - n) + [1] * n
+            kept = whole[len(whole) - len(prompt):]
+            assert split == "train" and [m["role"] for m in prompt] == [m["role"] for m in kept] or prompt == kept
+            if len(kept) < len(whole):                                         # one exchange more does not fit
+                n_shortened += 1
+                longer = whole[len(whole) - len(prompt) - 2:]
+                assert max(len(tok.render(longer + [side])[0]) for side in (chosen, rejected)) > 60
+            n_noisy += prompt != kept
+            seen[split, number] += 1
+    with open(tmp_path / "d1/test.jsonl", encoding="utf-8") as f:
+        for line in map(json.loads, f):
+            number = int(line["messages"][-1]["content"][1:])
+            assert line["rejected"] == records[number]["rejected"]
+            seen["test", number] += 1
+    assert sorted(number for _, number in seen) == list(range(300)) and set(seen.values()) == {1}
+    assert n_shortened > 50 and 0.1 * meta["train"]["examples"] / 2 < n_noisy <= row["augmented"]
+
+
 @pytest.mark.parametrize("option, sentence", [
+    ("--corpora=alpaca:a.jsonl,preference:a.jsonl", "two runs"),
     ("", "no dialogue is left"), ("--val_fraction=0.5 --test_fraction=0.5", "below 1"), ("--max_seq_len=0", "at least 1"),
     ("--corpora=alpaca:b.jsonl", "b.jsonl"), ("--tokenizer=b.model", "b.model"), ("--augment=2", "between 0 and 1"),
     ("--augment_delete=0.6 --augment_repeat=0.6", "not be over 1"), ("--min_answer=0", "at least 1")])
