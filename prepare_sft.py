@@ -35,7 +35,7 @@ import config
 from cleaning import hash64
 from corpora import CHAT, PREFERENCE, Bad, batches, raw_records, read, sources
 from readers import in_order, interruptible, print_report
-from tokenizer import load
+from tokenizer import CHATML, load
 
 corpora        = "messages:data/demo/chat.jsonl"  # name:path,name:path; see python corpora.py
 tokenizer      = "data/tokenizer.model"           # the one that the model was pretrained with
@@ -284,7 +284,8 @@ def print_figures(rows):
 def print_examples(tok, shown):
     """Print examples with the tokens that count in the loss highlighted."""
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
-    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.end_id: "<|end|>"}
+    start, end = (None, "<|end|>") if tok.start_id is None else CHATML
+    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: start, tok.end_id: end}
     names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
     for ids, mask in shown:
         ids, mask = ids.tolist(), mask.tolist()
