@@ -79,8 +79,8 @@ def encode_batch(batch):
         raw = text.encode("utf-8")
         ids = encode(worker_tokenizer, text)
         all_ids += ids
-        digest = hashlib.blake2b(raw, digest_size=8).digest()
-        documents["hash"][i] = int.from_bytes(digest, "little")
+        digest = hashlib.blake2b(raw, digest_size=8)
+        documents["hash"][i] = int.from_bytes(digest.digest(), "little")
         documents["tokens"][i] = len(ids)
         documents["bytes"][i] = len(raw)
     found = None
@@ -113,13 +113,15 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     starts = np.cumsum(counts) - counts
     rng = np.random.default_rng(seed)
     factors = rng.integers(0, 1 << 31, n_permutations, np.uint32)
-    factors = factors * np.uint32(2) + np.uint32(1)
+    factors *= np.uint32(2)
+    factors += np.uint32(1)
     minima = np.empty((n_permutations, len(texts)), np.uint8)
     own = hashes[~has_some, None].view(np.uint8).T    # (8, texts without a shingle)
     minima[:, ~has_some] = np.resize(own, (n_permutations, own.shape[1]))
     if len(starts):
-        for row, factor in zip(minima, factors):      # times an odd number: a permutation of all x
-            row[has_some] = np.minimum.reduceat(x * factor, starts).astype(np.uint8)
+        for row, factor in zip(minima, factors):
+            permuted = x * factor                     # times an odd number: a permutation of all x
+            row[has_some] = np.minimum.reduceat(permuted, starts).astype(np.uint8)
     return np.ascontiguousarray(minima.T)
 
 
@@ -157,7 +159,8 @@ def collect(inputs, ids_file, signature_file):
     """Run all records through the workers and write what they make: (documents, dropped)."""
     hashing = dict(shingle=shingle, n_permutations=n_permutations, seed=seed) if dedup else None
     batched = batches(inputs, TEXT, "clean and encode")
-    results = in_order(encode_batch, batched, workers or os.cpu_count(), begin, tokenizer, hashing)
+    n_workers = workers or os.cpu_count()
+    results = in_order(encode_batch, batched, n_workers, begin, tokenizer, hashing)
     documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
     with closing(results):
         for ids, new, minima, reasons in results:
@@ -277,8 +280,8 @@ def mark_duplicates(documents, signature_file, dropped):
     """(n,) bool: which documents are duplicates; counts them in dropped."""
     gone = exact_duplicates(documents["hash"])
     near = near_duplicates(signature_file, gone, n_permutations, n_bands, jaccard)
-    dropped.update((number, Bad("exact duplicate")) for number in documents["input"][gone])
-    dropped.update((number, Bad("near duplicate")) for number in documents["input"][near])
+    for is_one, reason in (gone, Bad("exact duplicate")), (near, Bad("near duplicate")):
+        dropped.update((number, reason) for number in documents["input"][is_one])
     return gone | near
 
 
@@ -290,7 +293,8 @@ def main():
     if n_permutations % n_bands:
         raise SystemExit(f"--n_permutations={n_permutations}: must be a multiple of "
                          f"n_bands={n_bands}")
-    inputs, tok = sources(corpora, TEXT), load(tokenizer)
+    inputs = sources(corpora, TEXT)
+    tok = load(tokenizer)
     n_files = sum(len(files) for _, _, files in inputs)
     print(f"{n_files} files, tokenizer {tokenizer} of {tok.vocab_size:,} pieces")
     os.makedirs(data_dir, exist_ok=True)
@@ -304,9 +308,10 @@ def main():
         train = totals(documents[kept & ~in_val])
         val = totals(documents[kept & in_val])
         rows = report(inputs, documents[kept], dropped)
+        n_kept = train["documents"] + val["documents"]
         print_report({**rows, "train": train, "val": val})
         if not (train["documents"] and val["documents"]):
-            raise SystemExit(f"{corpora}: too little text: {kept.sum()} documents "
+            raise SystemExit(f"{corpora}: too little text: {n_kept} documents "
                              f"are left, of which --val_fraction={val_fraction} puts "
                              f"{val['documents']} into val.bin; both bins need one")
         meta = {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
@@ -320,8 +325,9 @@ def main():
                 config.whole_file(f"{data_dir}/train.bin", "wb") as train_file:
             val_bin = config.Checksum(val_file)
             train_bin = config.Checksum(train_file)
-            write_bin(val_bin, ids_file, id_type(tok), documents, order[in_val[order]])
-            write_bin(train_bin, ids_file, id_type(tok), documents, order[~in_val[order]])
+            goes_to_val = in_val[order]
+            write_bin(val_bin, ids_file, id_type(tok), documents, order[goes_to_val])
+            write_bin(train_bin, ids_file, id_type(tok), documents, order[~goes_to_val])
             meta["crc32"] = {"val.bin": val_bin.crc32, "train.bin": train_bin.crc32}
             json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote train.bin, val.bin and meta.json to {data_dir}")
