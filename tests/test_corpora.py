@@ -317,6 +317,8 @@ DIALOGUES = [
                                     {"role": "client", "content": "三"}]}, talk("一", "二")),
     ("messages", {"messages": [{"role": "system", "content": "简短"}, {"role": "user", "content": "一"},
                                {"role": "assistant", "content": "二"}]}, talk("一", "二", system="简短")),
+    ("messages", {"system": "简短", "messages": [{"role": "system", "content": "简短"}, {"role": "system", "content": "礼貌"},
+                  {"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}]}, talk("一", "二", system="简短\n礼貌")),
     # an answer before the first question, an empty system text, parts, pairs, tools
     ("sharegpt", {"conversations": [{"from": "gpt", "value": "零"}, {"from": "human", "value": "一"},
                                     {"from": "gpt", "value": "二"}]}, talk("一", "二")),
@@ -447,6 +449,12 @@ def test_turns_that_are_not_to_be_trained_on_have_no_loss(tok, mark):
     assert [i for i, counts in zip(ids, loss_mask) if counts] == [*tok.encode("四"), tok.end_id]
     assert ids == tok.render(talk("一", "二", "三", "四"))[0]
     assert CHAT["messages"].read({"messages": messages}) == messages       # as test.jsonl is read again
+
+
+def test_pieces_are_cut_behind_line_feeds_where_there_are_any():
+    assert list(cleaning.pieces("一二\n三四五\n六", 4)) == ["一二\n", "三四五\n", "六"]
+    assert list(cleaning.pieces("一二三四五六七八九", 4)) == ["一二三四", "五六七八", "九"]
+    assert list(cleaning.pieces("一二三四", 4)) == ["一二三四"]
 
 
 def test_the_indentation_of_a_first_line_reaches_the_dialogue():

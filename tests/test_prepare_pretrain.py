@@ -5,7 +5,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,7 @@ def read(out, tok):
     splits = {}
     for split in "train", "val":
         ids = np.fromfile(out / f"{split}.bin", meta["dtype"])
+        assert meta["crc32"][f"{split}.bin"] == zlib.crc32(ids)
         assert len(ids) == meta[split]["tokens"] and ids[-1] == tok.eos_id
         ends = np.flatnonzero(ids == tok.eos_id)
         splits[split] = [tok.decode(part.tolist()) for part in np.split(ids, ends[:-1] + 1)]
@@ -131,9 +134,24 @@ def test_bad_records_and_duplicates_are_counted_by_reason(tmp_path, model, texts
     everything = splits["train"] + splits["val"]
     assert len(everything) == 101 and texts[2] in everything and near not in everything      # the first stays
     assert CONTROLS in everything                                            # as text: no control token
-    assert all(word in said for word in ("broken JSON", "near duplicate", "train:", "val:"))
+    assert said.index("3 dropped: exact duplicate") < said.index("2 dropped: broken JSON") < said.index("1 dropped: near dup")
+    assert "train: " in said and "val: " in said
     assert prepare(*settings, tmp_path / "all", "--val_fraction=0.2", "--dedup=false")[0] == 0
     assert len(sum(read(tmp_path / "all", tokenizer.load(model))[1].values(), [])) == 105
+
+
+def test_bins_larger_than_what_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    documents = np.zeros(200, prepare_pretrain.DOCUMENT)
+    documents["tokens"] = rng.integers(1, 90, 200)
+    ids = [rng.integers(0, 1 << 16, n).astype("<u2") for n in documents["tokens"]]
+    (tmp_path / "ids").write_bytes(b"".join(ids))
+    order = rng.permutation(200)[:150]
+    for size in 1, 50, 1000, 1 << 20:
+        monkeypatch.setattr(prepare_pretrain, "GATHER_TOKENS", size)
+        with open(tmp_path / "ids", "rb") as ids_file, open(tmp_path / "bin", "wb") as bin_file:
+            prepare_pretrain.write_bin(bin_file, ids_file, "<u2", documents, order)
+        assert (tmp_path / "bin").read_bytes() == b"".join(ids[i] for i in order)
 
 
 # ---- near duplicates against exact similarities ---------------------------------------------------------------------
@@ -192,6 +210,25 @@ def test_the_first_of_many_copies_stays_and_strangers_stay(tmp_path):
     pairs = planted(7, 200, 0.9, 40)
     flags = near(tmp_path, [a for a, _ in pairs] + [b for _, b in pairs] * 5)[0]
     assert not flags[:40].any() and flags[40:].all()
+
+
+def test_one_band_shared_by_documents_that_differ_hides_no_copies():
+    """Each document is compared with the first of those that agree, and what is left again."""
+    rng = np.random.default_rng(1)
+    minima = rng.integers(0, 256, (2000, 256), np.uint8)
+    minima[:, :8] = 7                                                         # all agree on the first band
+    minima[1000:, 8:] = minima[:1000, 8:]                                     # 1,000 pairs of copies
+    for first in range(8, 256, 8):                                            # which agree on no other band
+        minima[1000:, first] += 1
+    few = minima[[0, 1, 2, 3, 4, 1001, 1002]]
+    found = []
+    for rows in few, minima:
+        with tempfile.TemporaryFile() as file:
+            file.write(rows)
+            file.flush()
+            found.append(prepare_pretrain.near_duplicates(file, np.zeros(len(rows), bool), 256, 32, 0.8))
+    assert found[0].tolist() == [False] * 5 + [True] * 2
+    assert not found[1][:1000].any() and 0 < found[1].sum() < 20              # a few rounds only: no quadratic time
 
 
 def test_copies_that_differ_in_white_space_or_width_only_are_found(tmp_path):

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -110,6 +111,9 @@ def test_report_adds_up(made, tok):
         assert meta[split]["longest"] == max(len(ids) for ids, _ in examples) <= 60
     for name in "examples", "tokens", "targets":
         assert first[name] + second[name] == sum(meta[split][name] for split in ("train", "val", "test"))
+    for name, crc in meta["crc32"].items():
+        assert crc == zlib.crc32((folder / "d1" / name).read_bytes())
+    assert len(meta["crc32"]) == 7 and meta["pairs"] is False and meta["dtype"] == "uint16"
     assert meta["longest"] == max(meta[split]["longest"] for split in ("train", "val", "test"))
     assert meta["tokenizer_sha256"] == tok.sha256 and meta["format"] == 1 and meta["vocab_size"] == 400
     assert f"{meta['train']['targets']:,} targets" in out and "5 dropped: duplicate" in out
@@ -203,6 +207,21 @@ def test_a_single_exchange_that_is_too_long_is_dropped_not_cut(made, tok, tmp_pa
     assert len(read(tmp_path / "data/sft", "train")) == 20 and read(tmp_path / "data/sft", "val") == []
 
 
+def test_the_limits_are_inclusive_and_each_has_its_reason(tok, tmp_path):
+    records = [{"messages": [{"role": "user", "content": "问" * n}, {"role": "assistant", "content": "答" * m}]}
+               for n, m in ((2, 3), (9, 3), (2, 8), (1, 3), (10, 3), (2, 2), (2, 9))]
+    records.append({"messages": [*records[0]["messages"][:1], {**records[1]["messages"][1], "weight": 0}]})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    longest = max(len(tok.render(record["messages"])[0]) for record in records[:3])
+    for more, reasons in (0, {}), (-1, {"longer than max_seq_len": 1}):
+        run("prepare_sft.py", tmp_path, "--corpora=messages:a.jsonl", f"--tokenizer={tok.name}", "--min_prompt=2", "--workers=1",
+            "--max_prompt=9", "--min_answer=3", "--max_answer=8", "--val_fraction=0", "--test_fraction=0",
+            f"--max_seq_len={longest + more}")
+        meta = json.loads((tmp_path / "data/sft/meta.json").read_text(encoding="utf-8"))
+        assert meta["corpora"]["messages:a.jsonl"]["dropped"] == {
+            "prompt too short": 1, "prompt too long": 1, "answer too short": 1, "answer too long": 1, "no target": 1, **reasons}
+
+
 def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs(200))), encoding="utf-8")
     options = ["--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--augment=0.5", "--augment_delete=0.2",
@@ -212,7 +231,7 @@ def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_pa
     a, b, c = ((tmp_path / folder / "train.bin").read_bytes() for folder in "abc")
     assert a == b != c
     plain = {r["output"]: r["instruction"] for r in pairs(200)}
-    changed = 0
+    changed = longer = shorter = 0
     for split in "train", "val":
         for ids, _ in read(tmp_path / "a", split):
             question, answer = parse(tok, ids)
@@ -220,9 +239,11 @@ def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_pa
             assert same or split == "train"
             changed += not same
             assert set(question["content"]) <= set(plain[answer["content"]])
+            longer += len(question["content"]) > len(plain[answer["content"]])
+            shorter += len(question["content"]) < len(plain[answer["content"]])
     meta = json.loads((tmp_path / "a/meta.json").read_text(encoding="utf-8"))
     assert 0.3 * meta["train"]["examples"] < changed <= meta["train"]["augmented"] < 0.7 * meta["train"]["examples"]
-    assert meta["val"]["augmented"] == 0
+    assert meta["val"]["augmented"] == 0 and longer > 10 and shorter > 10
 
 
 def test_pairs_are_two_examples_with_the_same_prompt_in_one_split(tok, tmp_path):
