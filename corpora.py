@@ -250,13 +250,11 @@ def pair(question, answer):
 @corpus(CHAT, "medical_qa", *TEXT["medical_qa"][1:3])
 def alpaca(record):
     instruction = joined(field(record, "instruction"), optional(record, "input"))
-    answer, history = field(record, "output"), []
+    turns = [("system", optional(record, "system"))]
     for question, reply in objects(record, "history", list):
-        history += [("user", question), ("assistant", reply)]
-    if history or optional(record, "system"):
-        return dialogue([("system", optional(record, "system")), *history,
-                         ("user", instruction), ("assistant", answer)])
-    return dialogue(spoken(instruction, "user") + [("assistant", answer)])
+        turns += [("user", question), ("assistant", reply)]
+    turns += spoken(instruction, "user")
+    return dialogue(turns + [("assistant", field(record, "output"))])
 
 
 def spoken(text, speaker):
@@ -390,7 +388,7 @@ def side(record, name):
     value = record.get(name)
     answer = [value] if isinstance(value, dict) else objects(record, name)
     answer = list(map(turn_of, answer)) or spoken(field(record, name), "assistant")
-    if ROLES.get(str(answer[0][0]).lower()) != "assistant":
+    if not answer or ROLES.get(str(answer[0][0]).lower()) != "assistant":
         return turns + answer                         # it begins with the prompt
     for prompt in "prompt", "conversations", "messages":
         turns += map(turn_of, objects(record, prompt))
@@ -405,7 +403,8 @@ def side(record, name):
 def sources(spec, table):
     """[(corpus, name, files)] of "name:path,name:path", corpus being one such part of the string.
 
-    table: TEXT, CHAT or PREFERENCE. Raises SystemExit with one sentence for an unknown name or missing files.
+    table: TEXT, CHAT or PREFERENCE. Raises SystemExit with one sentence for an unknown name or
+    missing files.
     """
     found = []
     for part in filter(None, map(str.strip, re.split(r",(?=\s*\w+:|\s*$)", spec))):
@@ -430,7 +429,7 @@ def sources(spec, table):
 
 
 def raw_records(inputs, table, title=None):
-    """Yield (number of the input, name, where, record) of all files; where: file and record number.
+    """Yield (number of the input, name, place, record) of all files; place: file and record number.
 
     inputs: as of sources(); title: of a progress bar, without one there is none.
     """
@@ -463,7 +462,7 @@ def n_chars(record):
     return sum(map(n_chars, parts)) if isinstance(record, (dict, list)) else 0
 
 
-def read(table, name, where, record):
+def read(table, name, place, record):
     """What the data set of this name makes of a record; raises Bad with the reason if nothing."""
     if isinstance(record, Bad):
         raise record
@@ -478,20 +477,20 @@ def read(table, name, where, record):
     except Exception as error:                        # a mistake here must not end a long run
         message = " ".join(str(error).split())[:200]
         raise Bad(f"{type(error).__name__} in {function.__name__}()",
-                  f"first in {where}: {message}") from error
+                  f"first in {place}: {message}") from error
 
 
-def document(name, record, where=""):
+def document(name, record, place=""):
     """The clean text of a record of the corpus of this name; raises Bad if there is none."""
-    text = clean(read(TEXT, name, where, record))
+    text = clean(read(TEXT, name, place, record))
     if reason := quality(text):
         raise Bad(reason)
     return text
 
 
-def messages(name, record, where=""):
+def messages(name, record, place=""):
     """The dialogue in a record of the corpus of this name; raises Bad if there is none."""
-    return read(CHAT, name, where, record)
+    return read(CHAT, name, place, record)
 
 
 def documents(spec):
@@ -506,10 +505,10 @@ def dialogues(spec):
 
 def each(spec, table, make):
     inputs = sources(spec, table)
-    for number, name, where, record in raw_records(inputs, table):
+    for number, name, place, record in raw_records(inputs, table):
         corpus = inputs[number][0]
         try:
-            yield corpus, make(name, record, where)
+            yield corpus, make(name, record, place)
         except Bad as bad:
             yield corpus, bad
 

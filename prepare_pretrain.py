@@ -60,15 +60,15 @@ def id_type(tok):
 
 
 def encode_batch(batch):
-    """[(input number, corpus name, where, record)] -> (ids, documents, signatures, dropped).
+    """[(input number, corpus name, place, record)] -> (ids, documents, signatures, dropped).
 
     ids: of all documents, an eos after each; documents: array of DOCUMENT; signatures (documents,
     n_permutations) uint8, None without deduplication; dropped: {(input number, Bad): count}.
     """
     texts, numbers, dropped = [], [], Counter()
-    for number, name, where, record in batch:
+    for number, name, place, record in batch:
         try:
-            texts.append(document(name, record, where))
+            texts.append(document(name, record, place))
             numbers.append(number)
         except Bad as bad:
             dropped[number, bad] += 1

@@ -2,8 +2,7 @@
 
     python prepare_sft.py                                               the demo corpus
     python prepare_sft.py --corpora=alpaca:data/alpaca,sharegpt:a.jsonl public ones, or your own
-    python prepare_sft.py --show=3                                      print three examples
-
+    python prepare_sft.py --show=3                                      print some examples
     python prepare_sft.py --corpora=preference:pairs.jsonl              pairs for dpo.py
 
 The loss counts on every answer and the token that ends it, and on nothing else. Answers are never
@@ -14,7 +13,7 @@ counted under a reason. Writes to data_dir, for train and val alike:
     train.mask uint8   as many: 1 where the loss of predicting this token counts
     train.idx  int64   where each example begins, and the end of the last one
     test.jsonl         held-out dialogues for eval_bleu.py: {"messages": [...], "corpus": "..."}
-    meta.json          the report, and the tokenizer that all this belongs to
+    meta.json          the report, and the tokenizer of the bins
 
 Of preferences, examples 2 i and 2 i + 1 are the better and the worse answer to one prompt, and the
 loss counts on the last answer only; meta.json says "pairs": true.
@@ -74,20 +73,23 @@ def begin(name, inputs):
 def examples(batch):
     """[(input number, example(), or Bad for what is dropped)] of a batch of records."""
     results = []
-    for number, name, where, record in batch:
+    for number, name, place, record in batch:
         try:
-            dialogues = dialogues_of(read(TABLE, name, where, record))
+            dialogues = dialogues_of(read(TABLE, name, place, record))
             results.append((number, example(dialogues, number in split_by_dialogue)))
         except Bad as bad:
             results.append((number, bad))
     return results
 
 
-def dialogues_of(found):
-    """A dialogue alone in a list; or two, with the better and the worse answer of a preference."""
-    if isinstance(found, list):
-        return [found]
-    prompt, *answers = found
+def dialogues_of(content):
+    """[the dialogue], or of a preference [the one with the better answer, with the worse one].
+
+    content: what corpora.read() returns.
+    """
+    if isinstance(content, list):
+        return [content]
+    prompt, *answers = content
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in prompt]
     return [prompt + [{"role": "assistant", "content": answer}] for answer in answers]
 
@@ -194,17 +196,17 @@ def sharing_a_question(inputs):
     found = set()
     for number, source in enumerate(inputs):
         questions = Counter()
-        for _, name, where, record in itertools.islice(raw_records([source], TABLE), SAMPLE):
+        for _, name, place, record in itertools.islice(raw_records([source], TABLE), SAMPLE):
             try:
-                dialogues = dialogues_of(read(TABLE, name, where, record))
+                dialogues = dialogues_of(read(TABLE, name, place, record))
                 questions[first_question(dialogues)] += 1
             except Bad:
                 continue                              # counted when all records are read
         most = max(questions.values(), default=0)
         if most > 1 and most > questions.total() / 2:
             found.add(number)
-            print(f"{source[0]}: most dialogues begin with the same question, so they are split by a "
-                  "hash of the whole dialogue")
+            print(f"{source[0]}: most dialogues begin with the same question, so they are split by "
+                  "a hash of the whole dialogue")
     return found
 
 
@@ -317,8 +319,8 @@ def main():
     if len(pairs) == 2:
         raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
                          "--data_dir of its own")
-    figures = "examples", "tokens", "targets", "longest", "shortened", "augmented"
-    figures = dict.fromkeys(figures, 0)
+    names = "examples", "tokens", "targets", "longest", "shortened", "augmented"
+    figures = dict.fromkeys(names, 0)
     by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}
     splits = {split: dict(figures) for split in SPLITS}
     with ExitStack() as stack:
@@ -337,7 +339,8 @@ def main():
             raise SystemExit(f"{corpora}: no dialogue is left to train on")
         meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": id_type(tok).name, "pairs": pairs == {True}, "seed": seed, "max_seq_len": max_seq_len,
+                "dtype": id_type(tok).name, "pairs": pairs == {True}, "seed": seed,
+                "max_seq_len": max_seq_len,
                 "longest": max(row["longest"] for row in splits.values()),
                 **splits, "corpora": by_corpus,
                 "crc32": {".".join(name): file.crc32 for name, file in files.items()},

@@ -483,7 +483,7 @@ def interruptible(what):
     def interrupt(number, frame):
         received.append(number)
         for each in signal.SIGINT, signal.SIGTERM:
-            signal.signal(each, signal.SIG_IGN)       # a second Ctrl-C must not stop the cleaning up
+            signal.signal(each, signal.SIG_IGN)       # a second Ctrl-C must not stop the clean-up
         raise KeyboardInterrupt
 
     received = []

@@ -72,9 +72,9 @@ def sample(spec):
     table = CHAT | TEXT
     inputs = sources(spec, table)
     train, test = Smallest(sample_bytes), [Smallest(test_bytes) for _ in inputs]
-    for number, name, where, record in raw_records(inputs, table, "reading"):
+    for number, name, place, record in raw_records(inputs, table, "reading"):
         try:
-            text = read(table, name, where, record)
+            text = read(table, name, place, record)
         except Bad:
             continue                                               # the prepare scripts count them
         if isinstance(text, list):                                 # a dialogue

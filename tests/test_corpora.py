@@ -423,7 +423,7 @@ def test_preferences_in_every_form(record, prompt):
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"rejected": "好"}, "both sides are equal"), ({"chosen": " "}, "no chosen"), ({"rejected": None}, "no rejected"),
+    ({"rejected": "好"}, "both sides are equal"), ({"chosen": " "}, "no chosen"), ({"chosen": "Assistant:"}, "no answer"), ({"rejected": None}, "no rejected"),
     ({"prompt": ""}, "no prompt"), ({"rejected": "坏\ufffd"}, "broken characters"),
     ({"rejected": [{"role": "user", "content": "另问"}, {"role": "assistant", "content": "坏"}]}, "different prompts"),
     ({"chosen": [{"role": "assistant", "content": ""}]}, "empty turn"), ({"prompt": [{"role": "x", "content": "一"}]}, "unknown role")])

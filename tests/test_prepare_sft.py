@@ -178,7 +178,8 @@ def test_where_most_dialogues_share_a_question_whole_dialogues_are_split(tok, tm
             messages = [{"role": role, "content": content} for turn in turns
                         for role, content in zip(("user", "assistant"), turn)]
             f.write(json.dumps({"messages": messages}) + "\n")
-    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, pairs(50))), encoding="utf-8")
+    other = pairs(50) + [{**record, "output": "另一个回答"} for record in pairs(5)]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
     done = run("prepare_sft.py", tmp_path, "--corpora=messages:shared.jsonl,alpaca:other.jsonl", f"--tokenizer={tok.name}",
                "--val_fraction=0.2", "--test_fraction=0.2", "--workers=2")
     assert done.rc == 0 and re.findall(r"(.*): most dialogues begin with the same", done.out) == ["messages:shared.jsonl"]
