@@ -405,6 +405,8 @@ PREFERENCES = [
       "rejected": {"from": "gpt", "value": "坏"}}, talk("问")),
     ({"instruction": "翻译", "input": "你好", "chosen": "好", "rejected": "坏", "system": "简短"}, talk("翻译\n你好", system="简短")),
     ({"chosen": [USER, {**ASSISTANT, "content": "好"}], "rejected": [USER, {**ASSISTANT, "content": "坏"}]}, talk("问")),  # minimind
+    ({"system": "简短", "chosen": [USER, {**ASSISTANT, "content": "好"}], "rejected": [USER, {**ASSISTANT, "content": "坏"}]},
+     talk("问", system="简短")),
     ({"prompt": "问", "chosen": [USER, {**ASSISTANT, "content": "好"}],                                       # ultrafeedback
       "rejected": [USER, {**ASSISTANT, "content": "坏"}]}, talk("问")),
     ({"prompt": "问", "chosen": "好", "rejected": "坏"}, talk("问")),                                          # TRL's
@@ -572,7 +574,8 @@ def test_rules_take_linear_time():
 @pytest.mark.parametrize("text, reason", [
     ("很好。", "too short"), ("1234567890 - 2345678901 | 3456789 == 45", "too little Chinese or letters"),
     ("好的" * 50, "too few different characters"),
-    ("今天天气真不错，我们出去玩吧。" * 9, "too much repetition"), ("这一行字里面有一些坏掉的\ufffd\ufffd字节", "broken characters"),
+    ("今天天气真不错，我们出去玩吧。" * 9, "too much repetition"), ("一二三四五六七八九十甲乙丙丁。" * 7, "too much repetition"),
+    ("一二三四五六七八九十甲乙丙丁。" * 6, None), ("这一行字里面有一些坏掉的\ufffd\ufffd字节", "broken characters"),
     ("床前明月光，疑是地上霜。举头望明月，低头思故乡。", None), ("The quick brown fox jumps over the lazy dog.", None),
     ("第一条 为了保障公民权利，制定本法。\n第二条 本法所称公民，是指具有国籍的自然人。", None), ("鸡蛋 2 个、面粉 100 克、盐 5 克，搅拌 3 分钟，大火蒸 10 分钟即可。", None),
 ])
