@@ -83,10 +83,10 @@ def encode_batch(batch):
         documents["hash"][i] = int.from_bytes(digest.digest(), "little")
         documents["tokens"][i] = len(ids)
         documents["bytes"][i] = len(raw)
-    found = None
+    minima = None
     if worker_hashing:
-        found = signatures(texts, documents["hash"], **worker_hashing)
-    return np.array(all_ids, id_type(worker_tokenizer)), documents, found, dropped
+        minima = signatures(texts, documents["hash"], **worker_hashing)
+    return np.array(all_ids, id_type(worker_tokenizer)), documents, minima, dropped
 
 
 def encode(tok, text):

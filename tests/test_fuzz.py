@@ -40,7 +40,7 @@ import prepare_sft                                                              
 import readers                                                                               # noqa: E402
 import tokenizer                                                                             # noqa: E402
 from conftest import story, train_tokenizer, write_meta                                      # noqa: E402
-from corpora import CHAT, TEXT, Bad                                                          # noqa: E402
+from corpora import CHAT, PREFERENCE, TEXT, Bad                                                          # noqa: E402
 from model import Model, ModelConfig                                                         # noqa: E402
 from optim import make_optimizers                                                            # noqa: E402
 
@@ -87,6 +87,8 @@ def record(rng):
     return rng.choice([
         lambda: {"conversations": turns(rng, "from", "value", ["human", "gpt"])},
         lambda: {"messages": turns(rng, "role", "content", ["user", "assistant"]), "system": text(rng)},
+        lambda: {"prompt": text(rng), "chosen": text(rng), "rejected": text(rng)},
+        lambda: {name: turns(rng, "role", "content", ["user", "assistant"]) for name in ("chosen", "rejected")},
         lambda: {"title": text(rng), "summary": text(rng), "sections": turns(rng, "title", "content", ["一", "二"])},
         lambda: {"文件名": "a", "段落": turns(rng, "行号", "内容", [1, 2])}])()
 
@@ -237,19 +239,23 @@ def check_dialogue(toks, messages):
 def used_or_counted(table, name, record, toks):
     """What becomes of a record: "used", or the reason."""
     try:
-        result = (corpora.document if table is TEXT else corpora.messages)(name, record)
+        result = corpora.document(name, record) if table is TEXT else corpora.read(table, name, "", record)
     except Bad as bad:
         assert str(bad) and "\n" not in str(bad)
         return str(bad)
     if table is TEXT:
         check_text(result)
         assert cleaning.quality(result) is None
-    else:
-        assert [m["role"] for m in result if m["role"] != "system"] == ["user", "assistant"] * (len(result) // 2)
-        assert all(m["content"].strip() for m in result)
-        for message in result:
+        return "used"
+    prompt, *answers = result if table is PREFERENCE else (result[:-1], result[-1]["content"])
+    assert len(set(answers)) == len(answers) == (2 if table is PREFERENCE else 1)
+    for answer in answers:
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        assert [m["role"] for m in messages if m["role"] != "system"] == ["user", "assistant"] * (len(messages) // 2)
+        assert all(m["content"].strip() for m in messages)
+        for message in messages:
             check_text(message["content"])
-        check_dialogue(toks, result)
+        check_dialogue(toks, messages)
     return "used"
 
 
@@ -269,7 +275,7 @@ def any_file(rng, folder, toks):
     readers.MAX_RECORD = rng.choice([1 << 28, 1 << 28, 300])
     outcomes = Counter()
     try:
-        for table in TEXT, CHAT:
+        for table in TEXT, CHAT, PREFERENCE:
             for cut in sorted({data_set.cut for data_set in table.values()}):
                 for found in readers.records(path, cut):
                     outcomes.update(used_or_counted(table, name, found, toks) for name in table if table[name].cut == cut)
