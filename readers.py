@@ -459,10 +459,13 @@ def in_order(function, items, n_workers, begin, *arguments):
 @contextmanager
 def ctrl_c_blocked():
     """Postpone Ctrl-C; processes that start meanwhile never see it."""
-    if os.name != "nt":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    yield
-    if os.name != "nt":
+    if os.name == "nt":
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -267,6 +268,13 @@ def test_text_files(tmp_path):
         assert [doc.split() for doc in read(path, "file")[0]] == [["第一行", "第二行", "第三行"]]
     assert read(write(tmp_path / "b.txt", '{"text": "一"}\n'), "file") == (['{"text": "一"}'], [])
     assert read(write(tmp_path / "c.txt", "")) == ([], [])
+
+
+def test_a_worker_that_dies_ends_in_one_sentence_and_ctrl_c_works_again():
+    with pytest.raises(SystemExit, match=r"a worker process died.*smaller --workers \(it was 2\)"):
+        list(readers.in_order(os._exit, itertools.repeat(1, 100), 2, int))
+    if hasattr(signal, "pthread_sigmask"):
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 RECORDS = {
