@@ -238,14 +238,14 @@ def test_a_compressed_bomb_is_read_in_small_memory(tmp_path):
 
 def test_parquet_without_dates_and_times(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    far, nanoseconds = pyarrow.array([3_000_000] * 7, pyarrow.date32()), pyarrow.array(range(1, 8), pyarrow.timestamp("ns"))
+    far, late = pyarrow.array([3_000_000] * 7, pyarrow.date32()), pyarrow.array([10**15] * 7, pyarrow.timestamp("ms"))
     nested = pyarrow.array([[{"role": "user", "content": "一", "at": 1}, {"role": "assistant", "content": "二", "at": 2}]] * 7,
                            pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()),
                                                          ("at", pyarrow.timestamp("ns"))])))
     long = pyarrow.array([2**61] * 7, pyarrow.duration("s"))
     parquet.write_table(pyarrow.table({"text": [d["text"] for d in DOCS], "long": long}), tmp_path / "b.parquet")
     assert [str(d) for _, d in documents(f"text:{tmp_path}/b.parquet")] == ["broken parquet"] * 7
-    table = pyarrow.table({"date": far, "text": [d["text"] for d in DOCS], "time": nanoseconds, "messages": nested})
+    table = pyarrow.table({"date": far, "text": [d["text"] for d in DOCS], "time": late, "messages": nested})
     parquet.write_table(table, tmp_path / "a.parquet")
     assert [d for _, d in documents(f"text:{tmp_path}/a.parquet")] == [d["text"] for d in DOCS]
     assert [d for _, d in dialogues(f"messages:{tmp_path}/a.parquet")] == [talk("一", "二")] * 7
