@@ -21,8 +21,11 @@ A function raises Bad("reason") to drop a record. Any other exception drops it, 
 """
 import difflib
 import json
+import os
 import re
 from typing import Callable, NamedTuple
+
+from tqdm import tqdm
 
 from cleaning import clean, normalise, quality, trimmed
 from readers import Bad, files_at, records
@@ -36,12 +39,17 @@ class Corpus(NamedTuple):
     cut: str = "line"          # where a document of a text file ends, see readers.records
 
 
-TEXT, CHAT = {}, {}
+BATCH_CHARS = 1 << 17      # characters of records that a worker is given at a time: the hashes of
+                           # their substrings fit into the CPU's cache
+TEXT, CHAT, PREFERENCE = {}, {}, {}
 HF = "hf download --repo-type dataset "
 
 
 def corpus(table, name, what, get, cut="line"):
-    """Register the function below in TEXT (record -> str) or CHAT (record -> messages)."""
+    """Register the function below in TEXT, CHAT or PREFERENCE.
+
+    These make of a record: a str; messages; messages and two answers to them, the better one first.
+    """
     def register(function):
         table[name] = Corpus(function, what, get, cut)
         return function
@@ -94,6 +102,12 @@ def joined(*parts):
         "wget -P data/dolma -i dolma/urls/v1_7.txt")
 @corpus(TEXT, "medical", "shibing624/medical, pretrain part: medical encyclopaedia and textbooks; "
         "Apache-2.0", HF + 'shibing624/medical --include "pretrain/*" --local-dir data/medical')
+@corpus(TEXT, "skypile", "SkyPile-150B: Chinese web pages; its own licence",
+        HF + "Skywork/SkyPile-150B --local-dir data/skypile  (or parts of it)")
+@corpus(TEXT, "fineweb_edu_zh", "Chinese-Fineweb-Edu of OpenCSG: educational web pages; Apache-2.0",
+        HF + "opencsg/chinese-fineweb-edu --local-dir data/fineweb  (or parts of it)")
+@corpus(TEXT, "minimind", "minimind's texts for pretraining; Apache-2.0",
+        HF + "jingyaogong/minimind_dataset pretrain_t2t_mini.jsonl --local-dir data/minimind")
 @corpus(TEXT, "txt_line", "plain text files, a document a line", "put .txt files there")
 @corpus(TEXT, "txt_blank", "plain text files, a blank line between documents",
         "put .txt files there", cut="blank")
@@ -148,13 +162,19 @@ def baike_qa2019(record):
     return joined(optional(record, "title"), optional(record, "desc"), field(record, "answer"))
 
 
+@corpus(TEXT, "cci3", "CCI 3.0 and CCI3-HQ of BAAI: Chinese web pages; terms on their pages",
+        HF + "BAAI/CCI3-HQ --local-dir data/cci3  (or parts of it)")
+def web_page(record):
+    return joined(optional(record, "title"), field(record, "text", "content"))
+
+
 @corpus(TEXT, "mnbvc", "MNBVC: Chinese web pages, news, Zhihu and much more; MIT",
         HF + "liwu/MNBVC --local-dir data/mnbvc  (or parts of it)")
 def mnbvc(record):
     paragraphs = [optional(paragraph, "内容") for paragraph in objects(record, "段落")]
     if any(paragraphs):
         return joined(optional(record, "标题"), *paragraphs)
-    return joined(optional(record, "title"), field(record, "text", "content"))
+    return web_page(record)
 
 
 @corpus(TEXT, "medical_qa", "shibing624/medical, finetune part: questions and answers, as text; "
@@ -177,7 +197,8 @@ def zhihu_text(record):
 ROLES = {"system": "system",
          "user": "user", "human": "user", "client": "user", "prompter": "user", "问": "user",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-         "counselor": "assistant", "model": "assistant", "答": "assistant", "developer": "system",
+         "counselor": "assistant", "model": "assistant", "答": "assistant", "moss": "assistant",
+         "developer": "system",
          # calls of a tool are the assistant's, their results take the place of the user's turns
          "function_call": "assistant", "observation": "user", "tool": "user", "function": "user"}
 
@@ -190,11 +211,11 @@ def dialogue(turns):
     with the reason if the rest does not fit.
     """
     system, messages = [], []
-    for role, content, *train in turns:
-        role = ROLES.get(role.lower() if isinstance(role, str) else None)
+    for name, content, *train in turns:
+        role = ROLES.get(name.lower() if isinstance(name, str) else None)
         content = normalise(content)
         if role is None:
-            raise Bad("unknown role")
+            raise Bad("unknown role", f"for example {name!r}"[:99])
         if "\ufffd" in content:
             raise Bad("broken characters")
         if role == "system" and not messages:
@@ -222,23 +243,32 @@ def pair(question, answer):
         "research only", HF + "shibing624/alpaca-zh --local-dir data/alpaca")
 @corpus(CHAT, "belle", "BELLE: instructions and dialogues, Chinese; GPL-3.0, research only",
         HF + "BelleGroup/train_1M_CN --local-dir data/belle")
+@corpus(CHAT, "coig_cqia", "COIG-CQIA: instructions from Chinese forums, exams, encyclopaedias; "
+        "terms on its page", HF + "m-a-p/COIG-CQIA --local-dir data/cqia")
+@corpus(CHAT, "long_alpaca", "LongAlpaca-12k: long English texts and questions; CC BY-NC 4.0",
+        HF + "Yukang/LongAlpaca-12k --local-dir data/long_alpaca")
 @corpus(CHAT, "medical_qa", *TEXT["medical_qa"][1:3])
 def alpaca(record):
     instruction = joined(field(record, "instruction"), optional(record, "input"))
-    answer, history = field(record, "output"), []
+    turns = [("system", optional(record, "system"))]
     for question, reply in objects(record, "history", list):
-        history += [("user", question), ("assistant", reply)]
-    if history or optional(record, "system"):
-        return dialogue([("system", optional(record, "system")), *history,
-                         ("user", instruction), ("assistant", answer)])
-    # BELLE's multi-turn records hold the dialogue so far: "Human:...\nAssistant:...\nHuman:..."
-    start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", instruction)
+        turns += [("user", question), ("assistant", reply)]
+    turns += spoken(instruction, "user")
+    return dialogue(turns + [("assistant", field(record, "output"))])
+
+
+def spoken(text, speaker):
+    """[(role, content)] of "Human: ...\\nAssistant: ...\\nHuman: ...", as in BELLE and HH.
+
+    A last turn of the assistant that is empty is left off. Other texts are a turn of the speaker.
+    """
+    start, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", text)
     if start.strip() or not parts:
-        return pair(instruction, answer)
+        return [(speaker, text)]
     turns = list(zip(parts[::2], parts[1::2]))
     if turns[-1][0] == "Assistant" and not turns[-1][1].strip():
         turns.pop()
-    return dialogue(turns + [("Assistant", answer)])
+    return turns
 
 
 @corpus(CHAT, "prompt", "prompt/response, prompt/answer or question/answer: pairs in JSON, CSV or "
@@ -246,6 +276,12 @@ def alpaca(record):
 def prompt(record):
     return pair(field(record, "prompt", "question", "instruction"),
                 field(record, "response", "answer", "std_answer", "output"))
+
+
+@corpus(CHAT, "firefly", "Firefly: 23 Chinese tasks, kind, input, target; no licence stated",
+        HF + "YeungNLP/firefly-train-1.1M --local-dir data/firefly")
+def firefly(record):
+    return pair(field(record, "input"), field(record, "target"))
 
 
 @corpus(CHAT, "medical_dialogue", "Chinese questions to doctors, CSV in GBK; MIT",
@@ -264,31 +300,102 @@ def zhihu_chat(record):
         "BELLE 3.5M, SMILE and others", HF + "shibing624/sharegpt_gpt4 --local-dir data/sharegpt")
 @corpus(CHAT, "messages", "messages[{role, content}]: the form of OpenAI's API",
         'write one JSON object a line: {"messages": [{"role": "user", "content": "..."}, ...]}')
+@corpus(CHAT, "minimind", "minimind's dialogues, with reasoning and tools; Apache-2.0",
+        HF + "jingyaogong/minimind_dataset sft_t2t_mini.jsonl --local-dir data/minimind")
 @corpus(CHAT, "smoltalk", "SmolTalk: English dialogues; Apache-2.0",
         HF + "HuggingFaceTB/smoltalk --local-dir data/smoltalk")
+@corpus(CHAT, "smoltalk_zh", "smoltalk-chinese of OpenCSG: 700,000 dialogues; Apache-2.0",
+        HF + "opencsg/smoltalk-chinese --local-dir data/smoltalk_zh")
+@corpus(CHAT, "magpie_zh", "Magpie: 200,000 Chinese questions and answers by Qwen2",
+        HF + "Magpie-Align/Magpie-Qwen2-Pro-200K-Chinese --local-dir data/magpie")
+@corpus(CHAT, "long_align", "LongAlign-10k: long texts and questions; Apache-2.0",
+        HF + "THUDM/LongAlign-10k --local-dir data/long_align")
+@corpus(CHAT, "ultrachat", "UltraChat, in Firefly's form or as messages",
+        HF + "YeungNLP/ultrachat --local-dir data/ultrachat")
+@corpus(CHAT, "firefly_moss", "MOSS 003 in Firefly's form, conversation[{human, assistant}]",
+        HF + "YeungNLP/moss-003-sft-data --local-dir data/firefly_moss")
 def conversation(record):
     if isinstance(record, list):                      # SMILE: the turns and nothing around them
         record = {"messages": record}
-    turns = [("system", optional(record, "system"))]
-    for turn in objects(record, "conversations") or objects(record, "messages"):
-        train = turn.get("weight") != 0 and turn.get("train") is not False
-        turns.append((turn.get("from", turn.get("role")), content_of(turn), train))
-    for turn in objects(record, "conversation"):
-        turns += [("user", optional(turn, "human")), ("assistant", optional(turn, "assistant"))]
-    if len(turns) == 1:
+    turns = [("system", optional(record, "system")), ("system", as_text(record.get("tools")))]
+    turns += map(turn_of, objects(record, "conversations") or objects(record, "messages"))
+    for exchange in objects(record, "conversation"):
+        turns += [("user", optional(exchange, "human"))]
+        turns += [("assistant", optional(exchange, "assistant"))]
+    if len(turns) == 2:
         raise Bad("no conversation")
     return dialogue(turns)
 
 
-def content_of(turn):
-    """The text of a turn: a string, a list of parts with `text`, or the call of a tool."""
+def turn_of(turn):
+    """(role, text, whether it is trained on) of a turn with from and value, or role and content.
+
+    Reasoning stands before an answer in <think>, as Qwen3 and DeepSeek-R1 write it; definitions and
+    calls of tools are text, too.
+    """
     parts = objects(turn, "content")
     if any(part.get("type", "text") != "text" for part in parts):
         raise Bad("not only text")
-    text = optional(turn, "value") or optional(turn, "content") or joined(
-        *(optional(part, "text") for part in parts))
-    call = turn.get("tool_calls") or turn.get("function_call")
-    return text or (json.dumps(call, ensure_ascii=False) if call else "")
+    text = joined(optional(turn, "value") or optional(turn, "content"),
+                  *(optional(part, "text") for part in parts),
+                  *(as_text(turn.get(name)) for name in ("tools", "tool_calls", "function_call")))
+    if thought := optional(turn, "reasoning_content"):
+        text = f"<think>\n{thought}\n</think>\n\n{text}"
+    is_trained = turn.get("weight") != 0 and turn.get("train") is not False
+    return turn.get("from", turn.get("role")), text, is_trained
+
+
+def as_text(value):
+    """The text itself, or the JSON of an object or a list; "" if there is nothing in it."""
+    if isinstance(value, str) or not value:
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+@corpus(CHAT, "moss", "MOSS 002 and 003 of Fudan: dialogues, Chinese and English; CC BY-NC 4.0",
+        HF + "fnlp/moss-003-sft-data --local-dir data/moss  (and unpack it)")
+def moss(record):
+    text = optional(record, "plain_text")             # MOSS 002
+    chat = record.get("chat")
+    if isinstance(chat, dict):
+        if any("None<eoc>" not in field(turn, "Commands") for turn in chat.values()):
+            raise Bad("uses tools")
+        text = "".join(optional(turn, name) for turn in chat.values() for name in ("Human", "MOSS"))
+    turns = re.findall(r"(?:<\|(\w+)\|>|\[(\w+)\]): ?(.*?)<eo[ahm]>", text, re.S)
+    return dialogue([(new or old, content) for new, old, content in turns])
+
+
+# ---- preferences: a better and a worse answer ----------------------------------------------------
+
+@corpus(PREFERENCE, "preference", "chosen and rejected, each a text, a turn or all turns, with "
+        "prompt, question, instruction, conversations or none: TRL's, LLaMA-Factory's, HH's forms",
+        'write one JSON object a line: {"prompt": "...", "chosen": "...", "rejected": "..."}')
+@corpus(PREFERENCE, "minimind_dpo", "minimind's preferences; Apache-2.0",
+        HF + "jingyaogong/minimind_dataset dpo.jsonl --local-dir data/minimind")
+def preference(record):
+    *prompt, chosen = dialogue(side(record, "chosen"))
+    *other_prompt, rejected = dialogue(side(record, "rejected"))
+    if prompt != other_prompt:
+        raise Bad("the sides begin with different prompts")
+    if chosen["content"] == rejected["content"]:
+        raise Bad("both sides are equal")
+    return prompt, chosen["content"], rejected["content"]
+
+
+def side(record, name):
+    """The turns of a dialogue that ends with the answer in this field."""
+    turns = [("system", optional(record, "system"))]
+    value = record.get(name)
+    answer = [value] if isinstance(value, dict) else objects(record, name)
+    answer = list(map(turn_of, answer)) or spoken(field(record, name), "assistant")
+    if not answer or ROLES.get(str(answer[0][0]).lower()) != "assistant":
+        return turns + answer                         # it begins with the prompt
+    for prompt in "prompt", "conversations", "messages":
+        turns += map(turn_of, objects(record, prompt))
+    if len(turns) == 1:
+        question = field(record, "prompt", "question", "instruction")
+        turns += spoken(joined(question, optional(record, "input")), "user")
+    return turns + answer
 
 
 # ---- corpora of a command line -------------------------------------------------------------------
@@ -296,7 +403,8 @@ def content_of(turn):
 def sources(spec, table):
     """[(corpus, name, files)] of "name:path,name:path", corpus being one such part of the string.
 
-    table: TEXT or CHAT. Raises SystemExit with one sentence for an unknown name or missing files.
+    table: TEXT, CHAT or PREFERENCE. Raises SystemExit with one sentence for an unknown name or
+    missing files.
     """
     found = []
     for part in filter(None, map(str.strip, re.split(r",(?=\s*\w+:|\s*$)", spec))):
@@ -320,43 +428,69 @@ def sources(spec, table):
     return found
 
 
-def raw_records(sources, table, progress=None):
-    """Yield (corpus, name, where, record) of all files; where says file and record number."""
-    for corpus, name, files in sources:
-        for path in files:
-            for i, record in enumerate(records(path, table[name].cut, progress), 1):
-                yield corpus, name, f"{path}, record {i}", record
+def raw_records(inputs, table, title=None):
+    """Yield (number of the input, name, place, record) of all files; place: file and record number.
+
+    inputs: as of sources(); title: of a progress bar, without one there is none.
+    """
+    size = sum(os.path.getsize(path) for _, _, files in inputs for path in files)
+    hidden = None if title else True                  # None: hidden where there is no terminal
+    with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=hidden) as bar:
+        for number, (_, name, files) in enumerate(inputs):
+            for path in files:
+                for i, record in enumerate(records(path, table[name].cut, bar.update), 1):
+                    yield number, name, f"{path}, record {i}", record
 
 
-def read(table, name, where, record):
+def batches(inputs, table, title):
+    """Yield lists of what raw_records() yields, with about BATCH_CHARS characters each."""
+    batch, size = [], 0
+    for numbered in raw_records(inputs, table, title):
+        batch.append(numbered)
+        size += 20 + n_chars(numbered[-1])
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def n_chars(record):
+    """Characters of the strings in a record, however deep."""
+    if isinstance(record, str):
+        return len(record)
+    parts = record.values() if isinstance(record, dict) else record
+    return sum(map(n_chars, parts)) if isinstance(record, (dict, list)) else 0
+
+
+def read(table, name, place, record):
     """What the data set of this name makes of a record; raises Bad with the reason if nothing."""
     if isinstance(record, Bad):
         raise record
     function = table[name].read
     try:
         result = function(record)
-        if not isinstance(result, (str, list)):
-            raise TypeError(f"{type(result).__name__} is neither text nor dialogue")
+        if not isinstance(result, (str, list, tuple)):
+            raise TypeError(f"{type(result).__name__} is neither text nor dialogue nor pair")
         return result
     except Bad:
         raise
     except Exception as error:                        # a mistake here must not end a long run
         message = " ".join(str(error).split())[:200]
         raise Bad(f"{type(error).__name__} in {function.__name__}()",
-                  f"first in {where}: {message}") from error
+                  f"first in {place}: {message}") from error
 
 
-def document(name, record, where=""):
+def document(name, record, place=""):
     """The clean text of a record of the corpus of this name; raises Bad if there is none."""
-    text = clean(read(TEXT, name, where, record))
+    text = clean(read(TEXT, name, place, record))
     if reason := quality(text):
         raise Bad(reason)
     return text
 
 
-def messages(name, record, where=""):
+def messages(name, record, place=""):
     """The dialogue in a record of the corpus of this name; raises Bad if there is none."""
-    return read(CHAT, name, where, record)
+    return read(CHAT, name, place, record)
 
 
 def documents(spec):
@@ -370,15 +504,18 @@ def dialogues(spec):
 
 
 def each(spec, table, make):
-    for corpus, name, where, record in raw_records(sources(spec, table), table):
+    inputs = sources(spec, table)
+    for number, name, place, record in raw_records(inputs, table):
+        corpus = inputs[number][0]
         try:
-            yield corpus, make(name, record, where)
+            yield corpus, make(name, record, place)
         except Bad as bad:
             yield corpus, bad
 
 
 if __name__ == "__main__":
-    for title, table in ("for pretraining", TEXT), ("for fine-tuning", CHAT):
+    for title, table in (("for pretraining", TEXT), ("for fine-tuning", CHAT),
+                         ("preferences, for dpo.py", PREFERENCE)):
         print(f"{title}:")
         for name, data_set in table.items():
             print(f"  {name:<17} {data_set.what}\n{'':20}{data_set.get}")

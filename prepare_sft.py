@@ -1,295 +1,357 @@
-"""Prepare fine-tuning: question/answer and chat files -> tokens, and a mask of what the model is to learn to say.
+"""Question/answer and chat files -> tokens, and a mask of the tokens that count in the loss.
 
-    python prepare_sft.py                                                          the demo corpus
-    python prepare_sft.py --corpora=alpaca:data/alpaca,sharegpt:data/chat.jsonl    public ones, or your own
-    python prepare_sft.py --show=3                                                 and look at three examples
+    python prepare_sft.py                                               the demo corpus
+    python prepare_sft.py --corpora=alpaca:data/alpaca,sharegpt:a.jsonl public ones, or your own
+    python prepare_sft.py --show=3                                      print some examples
+    python prepare_sft.py --corpora=preference:pairs.jsonl              pairs for dpo.py
 
-The loss counts on every answer with the token that ends it, and on nothing else. Answers are never cut: a dialogue that
-is too long loses whole early turns, or is dropped. Every record is used or counted under a reason. Writes to data_dir
+The loss counts on every answer and the token that ends it, and on nothing else. Answers are never
+cut: a dialogue that is too long loses whole early turns, or is dropped. Every record is used or
+counted under a reason. Writes to data_dir, for train and val alike:
 
-    train.bin  uint16  the tokens, one example behind the other, as tokenizer.render() gives them     val.* likewise
+    train.bin  uint16  the tokens of all examples (uint32 for vocabularies above 65,536)
     train.mask uint8   as many: 1 where the loss of predicting this token counts
     train.idx  int64   where each example begins, and the end of the last one
     test.jsonl         held-out dialogues for eval_bleu.py: {"messages": [...], "corpus": "..."}
-    meta.json          the report, and the tokenizer that all this belongs to
+    meta.json          the report, and the tokenizer of the bins
 
-The same input and constants give the same bytes, whatever the number of workers.
+Of preferences, examples 2 i and 2 i + 1 are the better and the worse answer to one prompt, and the
+loss counts on the last answer only; meta.json says "pairs": true.
+
+The same input and constants give the same bytes with any number of workers.
 """
 import itertools
 import json
 import os
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import ExitStack, closing
 
 import numpy as np
-from tqdm import tqdm
 
 import config
-import corpora as corpus_reader
-import readers
-import tokenizer as tokenizers
 from cleaning import hash64
+from corpora import CHAT, PREFERENCE, Bad, batches, raw_records, read, sources
+from readers import in_order, interruptible, print_report
+from tokenizer import CHATML, load
 
-corpora        = "messages:data/demo/chat.jsonl"  # name:path,name:path to read; python corpora.py lists the names
+corpora        = "messages:data/demo/chat.jsonl"  # name:path,name:path; see python corpora.py
 tokenizer      = "data/tokenizer.model"           # the one that the model was pretrained with
 data_dir       = "data/sft"                       # where the result goes
-max_seq_len    = 512                              # tokens that a dialogue may have; not more than the model's
+max_seq_len    = 512                              # tokens of a dialogue, at most the model's
 min_prompt     = 1                                # characters of the shortest user turn
 max_prompt     = 4096                             # characters of the longest user turn
 min_answer     = 1                                # characters of the shortest answer
 max_answer     = 4096                             # characters of the longest answer
 val_fraction   = 0.01                             # of the questions, for the validation loss
 test_fraction  = 0.01                             # of the questions, for eval_bleu.py
-augment        = 0.0                              # share of the training dialogues whose questions are changed so:
-augment_delete = 0.05                             # probability that a character of such a question is left out
-augment_repeat = 0.05                             # probability that it stands there twice
+augment        = 0.0                              # share of training dialogues with noisy questions
+augment_delete = 0.05                             # probability to leave out one of its characters
+augment_repeat = 0.05                             # probability to write one of them twice
 workers        = 0                                # processes; 0: one per core
 seed           = 1337                             # of the augmentation, from 0 up
-show           = 0                                # print so many training examples, at least one of each corpus, with what is learnt marked
+show           = 0                                # print so many training examples of each corpus
 constants = config.override(globals())
 
-FORMAT = 1
 TOO_LONG = "longer than max_seq_len"              # a reason to drop a record
-BATCH = 100                                       # records that a worker is given at a time
-NOT_IN_THE_BYTES = ("data_dir", "workers", "show")  # constants that do not change what is written
-SPLITS = {"train": ("bin", "mask", "idx"), "val": ("bin", "mask", "idx"), "test": ("jsonl",)}
+NOT_IN_BYTES = "data_dir", "workers", "show"      # constants that do not change what is written
+SPLITS = "train", "val", "test"
+FILES = [(split, suffix) for split in ("train", "val") for suffix in ("bin", "mask", "idx")]
+TABLE = CHAT | PREFERENCE
+SAMPLE = 1000                                     # records read to see if they share a question
 
 
-# ---- one record, in a worker ------------------------------------------------------------------------------------
+# ---- one record, in a worker ---------------------------------------------------------------------
 
-def begin():
-    """What a worker needs for all batches."""
-    global tok
-    tok = tokenizers.load(tokenizer)
+def begin(name, inputs):
+    """Load what a worker needs for all batches. inputs: the numbers of those split by dialogue."""
+    global worker_tokenizer, split_by_dialogue
+    worker_tokenizer, split_by_dialogue = load(name), inputs
 
 
 def examples(batch):
-    """[(corpus, example(...))] for a list of (corpus, name, where, record); a Bad instead for what is dropped."""
+    """[(input number, example(), or Bad for what is dropped)] of a batch of records."""
     results = []
-    for corpus, name, where, record in batch:
+    for number, name, place, record in batch:
         try:
-            results.append((corpus, example(corpus_reader.messages(name, record, where))))
-        except corpus_reader.Bad as bad:
-            results.append((corpus, bad))
+            dialogues = dialogues_of(read(TABLE, name, place, record))
+            results.append((number, example(dialogues, number in split_by_dialogue)))
+        except Bad as bad:
+            results.append((number, bad))
     return results
 
 
-def example(messages):
-    """What is written of a dialogue, and how it came about, as a dict; raises Bad with the reason to drop it.
+def dialogues_of(content):
+    """[the dialogue], or of a preference [the one with the better answer, with the worse one].
 
-    key: hash of the whole dialogue, to find duplicates; split: by the hash of its first question, so that the same
-    question never stands on both sides.
+    content: what corpora.read() returns.
     """
-    check_lengths(messages)
-    key = hash64(json.dumps(messages))
-    kept, ids, mask = fit(messages)
-    question = hash64(next(m["content"] for m in kept if m["role"] == "user")) / 2**64
-    split = "test" if question < test_fraction else "val" if question < test_fraction + val_fraction else "train"
-    rng, augmented = random.Random(f"{seed} {key}"), False
-    if split == "train" and rng.random() < augment:
-        changed = [{**m, "content": garbled(m["content"], rng)} if m["role"] == "user" else m for m in kept]
-        longer_ids, longer_mask = tok.render(changed)
-        if len(longer_ids) <= max_seq_len:
-            ids, mask, augmented = longer_ids, longer_mask, True
-    if not any(mask):
-        raise corpus_reader.Bad("no target")
-    return {"split": split, "key": key, "messages": kept, "ids": np.array(ids, "<u2"), "mask": np.array(mask, "u1"),
-            "shortened": len(kept) < len(messages), "augmented": augmented}
+    if isinstance(content, list):
+        return [content]
+    prompt, *answers = content
+    prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in prompt]
+    return [prompt + [{"role": "assistant", "content": answer}] for answer in answers]
 
 
-def check_lengths(messages):
+def example(dialogues, by_dialogue=False):
+    """What is written of a record, as a dict; raises Bad with the reason to drop it.
+
+    key: hash of the whole record, to find duplicates. split: by the hash of the first question, so
+    that no question is in two splits; by_dialogue: by the key.
+    """
+    check_lengths(dialogues)
+    key = hash64("".join(map(json.dumps, dialogues)))
+    kept, rendered = fit(dialogues)
+    split = split_of(key if by_dialogue else hash64(first_question(kept)))
+    augmented = False
+    if split == "train":
+        noisy = [with_noise(messages, random.Random(f"{seed} {key}")) for messages in kept]
+        if noisy != kept and (fitting := render(noisy)):
+            rendered, augmented = fitting, True
+    if not all(any(mask) for _, mask in rendered):
+        raise Bad("no target")
+    dtype = id_type(worker_tokenizer)
+    return {"key": key, "split": split, "dialogues": kept, "augmented": augmented,
+            "shortened": len(kept[0]) < len(dialogues[0]),
+            "rendered": [(np.array(ids, dtype), np.array(mask, "u1")) for ids, mask in rendered]}
+
+
+def id_type(tok):
+    """The type of the ids in the bins: 16 bits where the vocabulary fits."""
+    return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
+
+
+def check_lengths(dialogues):
     """Raise Bad if a turn is shorter or longer than the constants allow."""
-    for message in messages:
+    for message in itertools.chain.from_iterable(dialogues):
         n = len(message["content"])
         if message["role"] == "user" and not min_prompt <= n <= max_prompt:
-            raise corpus_reader.Bad("prompt too short" if n < min_prompt else "prompt too long")
+            raise Bad("prompt too short" if n < min_prompt else "prompt too long")
         if message["role"] == "assistant" and not min_answer <= n <= max_answer:
-            raise corpus_reader.Bad("answer too short" if n < min_answer else "answer too long")
+            raise Bad("answer too short" if n < min_answer else "answer too long")
 
 
-def fit(messages):
-    """The dialogue without as few early turns as make it fit, and its ids and mask; raises Bad if no exchange fits.
+def render(dialogues):
+    """[(ids, mask)] of the dialogues; None if one of them is too long."""
+    rendered = [worker_tokenizer.render(messages) for messages in dialogues]
+    return rendered if max(len(ids) for ids, _ in rendered) <= max_seq_len else None
 
-    A system text stays. What is left begins with a turn of the user.
+
+def fit(dialogues):
+    """The dialogues without as few early turns as make them fit, and their (ids, mask).
+
+    A system text stays, and what follows begins with a turn of the user. Raises Bad if not even the
+    last exchange fits.
     """
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    found = None
-    for start in range(len(messages) - 1, len(system) - 1, -1):    # from the end: a long dialogue is not rendered often
-        if messages[start]["role"] != "user":
-            continue
-        kept = system + messages[start:]
-        ids, mask = tok.render(kept)
-        if len(ids) > max_seq_len:
-            break
-        found = kept, ids, mask
-    if not found:
-        raise corpus_reader.Bad(TOO_LONG)
+    messages = dialogues[0]                           # the other has the same turns but the last
+    n_system = int(messages[0]["role"] == "system")
+    longest = None
+    for start in reversed(range(n_system, len(messages))):        # few steps for a long dialogue
+        if messages[start]["role"] == "user":
+            kept = [turns[:n_system] + turns[start:] for turns in dialogues]
+            rendered = render(kept)
+            if not rendered:
+                break
+            longest = kept, rendered
+    if not longest:
+        raise Bad(TOO_LONG)
+    return longest
+
+
+def first_question(dialogues):
+    return next(message["content"] for message in dialogues[0] if message["role"] == "user")
+
+
+def split_of(hash):
+    """The split that 64 evenly distributed bits stand for."""
+    position = hash / 2**64
+    if position < test_fraction:
+        return "test"
+    return "val" if position < test_fraction + val_fraction else "train"
+
+
+def with_noise(messages, rng):
+    """A share of all dialogues with typos in the questions, the others as they are."""
+    if rng.random() >= augment:
+        return messages
+    return [{**m, "content": with_typos(m["content"], rng)} if m["role"] == "user" else m
+            for m in messages]
+
+
+def with_typos(text, rng):
+    """The text with some characters left out and some twice: a question as people type it."""
+    typed = ""
+    for character in text:
+        draw = rng.random()
+        if draw >= augment_delete:
+            typed += character * (2 if draw > 1 - augment_repeat else 1)
+    return typed or text
+
+
+# ---- all records, in order -----------------------------------------------------------------------
+
+def sharing_a_question(inputs):
+    """The numbers of the inputs whose first records mostly begin with the same question."""
+    found = set()
+    for number, source in enumerate(inputs):
+        questions = Counter()
+        for _, name, place, record in itertools.islice(raw_records([source], TABLE), SAMPLE):
+            try:
+                dialogues = dialogues_of(read(TABLE, name, place, record))
+                questions[first_question(dialogues)] += 1
+            except Bad:
+                continue                              # counted when all records are read
+        most = max(questions.values(), default=0)
+        if most > 1 and most > questions.total() / 2:
+            found.add(number)
+            print(f"{source[0]}: most dialogues begin with the same question, so they are split by "
+                  "a hash of the whole dialogue")
     return found
 
 
-def garbled(text, rng):
-    """The text with some characters left out and some twice: a question as people type it."""
-    draws = [rng.random() for _ in text]
-    return "".join("" if draw < augment_delete else character * (1 + (draw > 1 - augment_repeat))
-                   for character, draw in zip(text, draws)) or text
+def results(inputs):
+    """Yield (corpus, example or Bad) for every record, in the order of the files."""
+    batched = batches(inputs, TABLE, "preparing")
+    made = in_order(examples, batched, workers or os.cpu_count(), begin, tokenizer,
+                    sharing_a_question(inputs))
+    with closing(made):
+        for number, result in itertools.chain.from_iterable(made):
+            yield inputs[number][0], result
 
 
-# ---- all records, in order --------------------------------------------------------------------------------------
+def write(files, results, rows):
+    """Write the examples as they come and count them in rows, {corpus or split: figures}.
 
-def batches():
-    """Yield lists of (corpus, name, where, record), and show how far the reading is."""
-    sources = corpus_reader.sources(corpora, corpus_reader.CHAT)
-    size = sum(os.path.getsize(path) for _, _, files in sources for path in files)
-    with tqdm(total=size, desc="preparing", unit="B", unit_scale=True, disable=None) as bar:
-        records = corpus_reader.raw_records(sources, corpus_reader.CHAT, bar.update)
-        while batch := list(itertools.islice(records, BATCH)):
-            yield batch
-
-
-def results(n_workers):
-    """Yield (corpus, example or Bad) for every record in the order of the files, made by n_workers processes."""
-    with closing(readers.in_order(examples, batches(), n_workers, begin)) as found:
-        for batch in found:
-            yield from batch
-
-
-def write(files, results):
-    """Write the examples as they come; returns {"train": figures, "val": ..., "test": ...}, {corpus: figures}, and
-    the number of each corpus' first training example."""
-    splits = {split: new_figures(dropped=False) for split in SPLITS}
-    by_corpus, seen, first = defaultdict(new_figures), set(), {}
+    Returns (ids, mask) of the first `show` training examples of each corpus.
+    """
+    seen, shown, n_shown, ends = set(), [], Counter(), Counter()
     for split in "train", "val":
-        files[split, "idx"].write(np.int64(0).astype("<i8").tobytes())
+        files[split, "idx"].write(np.array([0], "<i8"))
     for corpus, result in results:
-        total = by_corpus[corpus]
-        total["records"] += 1
-        if not isinstance(result, corpus_reader.Bad) and result["key"] in seen:
-            result = corpus_reader.Bad("duplicate")
-        if isinstance(result, corpus_reader.Bad):
-            total["dropped"][result] += 1
+        rows[corpus]["records"] += 1
+        if not isinstance(result, Bad) and result["key"] in seen:
+            result = Bad("duplicate")
+        if isinstance(result, Bad):
+            rows[corpus]["dropped"][result] += 1
             continue
         seen.add(result["key"])
         split = result["split"]
-        for figures in total, splits[split]:
-            figures["examples"] += 1
-            figures["tokens"] += len(result["ids"])
-            figures["targets"] += int(result["mask"].sum())
-            figures["longest"] = max(figures["longest"], len(result["ids"]))
-            figures["shortened"] += result["shortened"]
-            figures["augmented"] += result["augmented"]
+        count(result, rows[corpus])
+        count(result, rows[split])
         if split == "test":
-            line = {"messages": result["messages"], "corpus": corpus}
-            files["test", "jsonl"].write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
-        else:
-            if split == "train":
-                first.setdefault(corpus, splits["train"]["examples"] - 1)
-            files[split, "bin"].write(result["ids"].tobytes())
-            files[split, "mask"].write(result["mask"].tobytes())
-            files[split, "idx"].write(np.int64(splits[split]["tokens"]).astype("<i8").tobytes())
-    for figures in by_corpus.values():
-        figures["dropped"] = Counter({str(bad): count for bad, count in figures["dropped"].items()})
-    return splits, by_corpus, list(first.values())
+            line = {"messages": result["dialogues"][0], "corpus": corpus}
+            if len(result["dialogues"]) == 2:
+                line["rejected"] = result["dialogues"][1][-1]["content"]
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            files["test", "jsonl"].write(text.encode("utf-8"))
+            continue
+        if split == "train" and n_shown[corpus] < show:
+            n_shown[corpus] += 1
+            shown += result["rendered"]
+        for ids, mask in result["rendered"]:
+            ends[split] += len(ids)
+            files[split, "bin"].write(ids)
+            files[split, "mask"].write(mask)
+            files[split, "idx"].write(np.array([ends[split]], "<i8"))
+    return shown
 
 
-def new_figures(dropped=True):
-    figures = dict.fromkeys(("examples", "tokens", "targets", "longest", "shortened", "augmented"), 0)
-    return {"records": 0, **figures, "dropped": Counter()} if dropped else figures
+def count(result, row):
+    """Add the figures of a record to a row of the report."""
+    for ids, mask in result["rendered"]:
+        row["examples"] += 1
+        row["tokens"] += len(ids)
+        row["targets"] += int(mask.sum())
+        row["longest"] = max(row["longest"], len(ids))
+    row["shortened"] += result["shortened"]
+    row["augmented"] += result["augmented"]
 
 
-# ---- what the user sees -----------------------------------------------------------------------------------------
+# ---- what the user sees --------------------------------------------------------------------------
 
-def print_report(splits, by_corpus):
-    """A row per corpus and per split; behind it why records were dropped."""
-    width = max(map(len, by_corpus)) + 2
-    columns = ("records", "examples", "tokens", "targets", "longest", "shortened", "augmented")
-    print(f"\n{'':<{width}}" + "".join(f"{c:>12}" for c in columns) + "   dropped")
-    for name, figures in [*by_corpus.items(), *splits.items()]:
-        dropped = figures.get("dropped", {})
-        print(f"{name:<{width}}" + "".join(f"{figures[c]:>12,}" if c in figures else f"{'':>12}" for c in columns)
-              + "   " + ", ".join(f"{n:,} {reason}" for reason, n in sorted(dropped.items())))
-    print("targets: tokens that count in the loss; shortened: dialogues that lost early turns to fit max_seq_len; "
-          "augmented: those whose questions were changed")
-    records = sum(figures["records"] for figures in by_corpus.values())
-    too_long = sum(figures["dropped"][TOO_LONG] for figures in by_corpus.values())
-    if too_long > records / 20:
-        print(f"{too_long:,} of {records:,} records were dropped because they are longer than "
-              f"--max_seq_len={max_seq_len}: a larger one keeps them, for a model whose context is as long")
+def print_figures(rows):
+    """The report, what its figures mean, and a hint where many dialogues were too long."""
+    print_report(rows)
+    print("targets: tokens that count in the loss; shortened: dialogues that lost early turns to "
+          "fit max_seq_len; augmented: those whose questions were changed")
+    n_records = sum(row.get("records", 0) for row in rows.values())
+    n_too_long = sum(row.get("dropped", {}).get(TOO_LONG, 0) for row in rows.values())
+    if n_too_long > n_records / 20:
+        print(f"{n_too_long:,} of {n_records:,} records were dropped because they are longer than "
+              f"--max_seq_len={max_seq_len}: a larger one keeps them, for a model whose context is "
+              "as long")
 
 
-def spread(n, first, total):
-    """The numbers of about n of `total` examples: as many of each corpus, at least one, and spread over all of it.
-
-    first: the number of each corpus' first example.
-    """
-    numbers, ends = [], [*first[1:], total]
-    for i, (begin, end) in enumerate(zip(first, ends)):
-        share = max(1, n * (i + 1) // len(first) - n * i // len(first)) if n else 0
-        numbers += sorted({begin + j * (end - begin) // share for j in range(share)})
-    return numbers
-
-
-def print_examples(tok, n, first):
-    """Print n training examples, read back from the files, with everything that the loss counts on marked."""
-    tokens, mask, idx = (np.memmap(f"{data_dir}/train.{kind}", dtype, "r")
-                         for kind, dtype in (("bin", "<u2"), ("mask", "u1"), ("idx", "<i8")))
+def print_examples(tok, shown):
+    """Print examples with the tokens that count in the loss highlighted."""
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
-    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: tokenizers.CHATML[0],
-             tok.end_id: tokenizers.CHATML[1] if tok.start_id is not None else "<|end|>"}
+    start, end = (None, "<|end|>") if tok.start_id is None else CHATML
+    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: start, tok.end_id: end}
     names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
-    for example in spread(n, first, len(idx) - 1):
-        part = slice(idx[example], idx[example + 1])
-        print(f"\n--- example {example} of train.bin: {idx[example + 1] - idx[example]} tokens, the loss counts on "
-              f"{int(mask[part].sum())}, marked {on}like this{off}")
-        for counts, run in itertools.groupby(zip(tokens[part].tolist(), mask[part].tolist()), key=lambda pair: pair[1]):
+    for ids, mask in shown:
+        ids, mask = ids.tolist(), mask.tolist()
+        print(f"\n--- an example of {len(ids)} tokens, of which {sum(mask)} count in the loss, "
+              f"marked {on}like this{off}")
+        for counts, run in itertools.groupby(zip(ids, mask), key=lambda token: token[1]):
             data = b"".join(names[id].encode() if id in names else tok.pieces[id] for id, _ in run)
-            print(on + data.decode("utf-8", "replace") + off if counts else data.decode("utf-8", "replace"), end="")
+            text = data.decode("utf-8", "replace")
+            print(on + text + off if counts else text, end="")
         print()
 
 
-def check_constants(tok):
+def check_constants():
     """SystemExit with one sentence for constants that cannot work."""
-    if tok.vocab_size > 65_536:
-        raise SystemExit(f"{tokenizer}: a vocabulary of {tok.vocab_size:,} does not fit the bins, whose ids are below "
-                         "65,536; take a model with a smaller one")
-    for name in "val_fraction", "test_fraction", "augment", "augment_delete", "augment_repeat":
-        if not 0 <= constants[name] <= 1:
-            raise SystemExit(f"--{name}={constants[name]}: must be between 0 and 1")
+    config.check_range(0, 0.9, val_fraction=val_fraction, test_fraction=test_fraction)
+    config.check_range(0, 1, augment=augment, augment_delete=augment_delete,
+                       augment_repeat=augment_repeat)
+    config.check_range(1, max_seq_len=max_seq_len, min_prompt=min_prompt, max_prompt=max_prompt,
+                       min_answer=min_answer, max_answer=max_answer)
     if val_fraction + test_fraction >= 1 or augment_delete + augment_repeat > 1:
-        raise SystemExit("val_fraction + test_fraction must leave something to train on (below 1), and "
-                         "augment_delete + augment_repeat must not be over 1")
-    for name in "max_seq_len", "min_prompt", "max_prompt", "min_answer", "max_answer":
-        if constants[name] < 1:
-            raise SystemExit(f"--{name}={constants[name]}: must be at least 1")
-    if workers < 0 or show < 0:
-        raise SystemExit(f"--workers={workers} --show={show}: neither can be negative")
+        raise SystemExit("val_fraction + test_fraction must leave something to train on (below 1), "
+                         "and augment_delete + augment_repeat must not be over 1")
 
 
 def main():
-    tok = tokenizers.load(tokenizer)
-    check_constants(tok)
-    with ExitStack() as stack:                                     # meta.json last: it vouches for the others
+    check_constants()
+    inputs, tok = sources(corpora, TABLE), load(tokenizer)
+    pairs = {name in PREFERENCE for _, name, _ in inputs}
+    if len(pairs) == 2:
+        raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
+                         "--data_dir of its own")
+    names = "examples", "tokens", "targets", "longest", "shortened", "augmented"
+    figures = dict.fromkeys(names, 0)
+    by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}
+    splits = {split: dict(figures) for split in SPLITS}
+    with ExitStack() as stack:
+        # Opened first and renamed last: meta.json proves that the other files are whole
         meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
-        files = {(split, kind): config.Checksum(stack.enter_context(config.whole_file(f"{data_dir}/{split}.{kind}", "wb")))
-                 for split, kinds in SPLITS.items() for kind in kinds}
-        with closing(results(workers or os.cpu_count())) as found:
-            splits, by_corpus, first = write(files, found)
+        files = {}
+        for split, suffix in [*FILES, ("test", "jsonl")]:
+            file = config.whole_file(f"{data_dir}/{split}.{suffix}", "wb")
+            files[split, suffix] = config.Checksum(stack.enter_context(file))
+        with closing(results(inputs)) as found:
+            shown = write(files, found, {**by_corpus, **splits})
+        for row in by_corpus.values():
+            row["dropped"] = {str(bad): n for bad, n in row["dropped"].items()}
         if not splits["train"]["examples"]:
-            reasons = sum((figures["dropped"] for figures in by_corpus.values()), Counter())
-            raise SystemExit(f"{corpora}: no dialogue is left to train on; records dropped: {dict(reasons)}")
-        meta = {"format": FORMAT, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
-                "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": seed, "max_seq_len": max_seq_len,
-                "longest": max(splits[split]["longest"] for split in SPLITS), **splits, "corpora": by_corpus,
-                "crc32": {f"{split}.{kind}": file.crc32 for (split, kind), file in files.items()},
-                "constants": {name: value for name, value in constants.items() if name not in NOT_IN_THE_BYTES}}
+            print_report(by_corpus)
+            raise SystemExit(f"{corpora}: no dialogue is left to train on")
+        meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
+                "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
+                "dtype": id_type(tok).name, "pairs": pairs == {True}, "seed": seed,
+                "max_seq_len": max_seq_len,
+                "longest": max(row["longest"] for row in splits.values()),
+                **splits, "corpora": by_corpus,
+                "crc32": {".".join(name): file.crc32 for name, file in files.items()},
+                "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
         json.dump(meta, meta_file, ensure_ascii=False, indent=1)
-    print_report(splits, by_corpus)
-    print_examples(tok, show, first)
-    print(f"\nwrote {data_dir}: {splits['train']['examples']:,} examples to train on, {splits['val']['examples']:,} to "
-          f"validate, {splits['test']['examples']:,} to test")
+    print_figures({**by_corpus, **splits})
+    print_examples(tok, shown)
+    print(f"\nwrote {data_dir}: {splits['train']['examples']:,} examples to train on, "
+          f"{splits['val']['examples']:,} to validate, {splits['test']['examples']:,} to test")
 
 
 if __name__ == "__main__":
-    with readers.interruptible(data_dir), config.only_user_of("data_dir", data_dir):
+    with interruptible(data_dir), config.only_user_of("data_dir", data_dir):
         main()

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import zlib
 from collections import deque
@@ -25,14 +26,15 @@ from contextlib import contextmanager
 BLOCK = 1 << 16            # bytes that are read at a time; small, as each JSON error scans them
 MAX_RECORD = 1 << 28       # bytes of the longest record; a longer record counts as broken
 MAX_CELL = 1 << 24         # characters of the longest cell of a CSV file
-MAX_DEPTH = 100            # of nested lists and objects; pickle and other recursion have limits
-CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])          # none of them is in a text
+MAX_DEPTH = 100            # of nested lists and objects: pickle has a limit as well
+CONTROLS = bytes([*range(9), *range(14, 27), *range(28, 32)])          # no text contains these
 COMMON = re.compile("[\\s -~\u2010-\u2030\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]")
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet",     # what is read of a folder
-            ".zip", ".tar", ".tgz", ".7z", ".rar")                     # and what is refused in it
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet",     # read in a folder
+            ".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf")             # and refused in a folder
 PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
             b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Office file"}
+REFUSED = {*ARCHIVES.values(), "tar archive", "binary file"}
 
 
 class Bad(Exception):
@@ -59,7 +61,7 @@ def files_at(path):
     else:
         for folder, inner, names in os.walk(path, followlinks=True):
             inner[:] = sorted(name for name in inner if not name.startswith("."))
-            if os.path.realpath(folder) in seen:     # a link to a folder above would go on for ever
+            if os.path.realpath(folder) in seen:      # links to a folder above would never end
                 inner.clear()
             seen.add(os.path.realpath(folder))
             found += [os.path.join(folder, name) for name in names if not name.startswith(".")
@@ -76,7 +78,7 @@ def bare(name):
 def records(path, cut="line", progress=None):
     """Yield the records of a file: dicts of JSON, CSV and parquet, str of text files, Bad.
 
-    Compression, format and encoding are told by the content where possible, not by the name.
+    Compression, format and encoding are recognised by the content where possible, not by the name.
     cut: where a document of a text file ends: "line", "blank" (at blank lines) or "file"; the last
     two force plain text. progress(n) is called now and then with n more bytes of the file read.
     Raises SystemExit if the file cannot be opened.
@@ -85,7 +87,7 @@ def records(path, cut="line", progress=None):
         raw = open(path, "rb")
     except OSError as error:
         raise SystemExit(f"{path}: cannot be opened ({error.strerror})") from None
-    problems, seen = [], 0                            # problems: what a reader finds beside records
+    problems, seen = [], 0                            # problems: Bad of the file as a whole
     with raw:
         for record in itertools.chain(reader(raw, cut, problems), problems):
             if is_deeper(record, MAX_DEPTH):
@@ -146,26 +148,34 @@ def optional_package(name, path):
 
 def blocks(raw, problems):
     """Yield the content of an open file in blocks of UTF-8, unpacked and decoded."""
-    magic, data = raw.peek(8)[:8], unpacked(raw, problems)
-    kind = next((kind for start, kind in ARCHIVES.items() if magic.startswith(start)), None)
-    head = b"" if kind else take(data, 4096)
-    if head[257:262] == b"ustar":
-        kind = "tar archive"
-    while not kind and head and not (encoding := encoding_of(head)):
+    magic = raw.peek(8)[:8]
+    data = unpacked(raw, problems)
+    head = take(data, 4096)
+    encoding = archive_of(magic, head) or encoding_of(head)
+    while head and not encoding:
         yield head                                    # ASCII is the same in all encodings
         head = take(data, 4096)
-    if not kind and head and encoding == "binary":
-        kind = "binary file"
-    if kind:
-        problems.append(Bad(f"{kind}, not text: unpack or convert it first"))
-    elif head and encoding == "utf-8":
+        encoding = encoding_of(head)
+    if not head:
+        return
+    if encoding in REFUSED:
+        problems.append(Bad(f"{encoding}, not text: unpack or convert it first"))
+    elif encoding == "utf-8":
         yield head.removeprefix(codecs.BOM_UTF8)
         yield from data
-    elif head:
+    else:
         decode = codecs.getincrementaldecoder(encoding)("replace").decode
         for block in itertools.chain([head], data):
             yield decode(block).encode("utf-8")
         yield decode(b"", True).encode("utf-8")
+
+
+def archive_of(magic, head):
+    """The name of what a file is, if its first bytes, packed and unpacked, are of an archive."""
+    for start, name in ARCHIVES.items():
+        if magic.startswith(start):
+            return name
+    return "tar archive" if head[257:262] == b"ustar" else None
 
 
 def take(data, n, stop=b"\0\0\0\0"):
@@ -180,10 +190,10 @@ def take(data, n, stop=b"\0\0\0\0"):
 
 
 def encoding_of(block):
-    """The encoding that fits the bytes best; None for plain ASCII, "binary" for what is no text."""
+    """The encoding that fits the bytes best; None for ASCII, "binary file" if they are no text."""
     n, zeros = len(block), block.count(0)
     high = block.translate(None, bytes(range(128)))
-    broken = block.decode("utf-8", "replace").count("\ufffd") * 5 > len(high)   # more than some
+    broken = block.decode("utf-8", "replace").count("\ufffd") * 5 > len(high)   # a few are damage
     if block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if broken and (zeros or 2 * len(high) > n):
             return "utf-16"
@@ -193,10 +203,10 @@ def encoding_of(block):
             if len(COMMON.sub("", text)) < 0.1 * len(text):
                 return encoding
     if n - len(block.translate(None, CONTROLS)) > n / 10:
-        return "binary"
+        return "binary file"
     if not high:
         return None
-    if broken:                            # of which encoding are these frequent characters?
+    if broken:                            # count pairs in the rows of frequent characters
         pairs = re.findall(rb"[\x81-\xfe][\x40-\x7e\x80-\xfe]", block)
         gb = sum(0xA1 <= a <= 0xD7 and b >= 0xA1 for a, b in pairs)
         big5 = sum(0xA1 <= a <= 0xC6 and not 0x7F <= b < 0xA1 for a, b in pairs)
@@ -283,8 +293,7 @@ def json_records(first, data, problems):
 
 def json_stream(data):
     """Yield JSON values however separated; after a broken one, go on at the next object."""
-    # Control characters become blanks, except the line feed: inside a string it is the surest sign
-    # of a broken record
+    # Control characters become blanks, except the line feed: a string with one is not closed
     blank = bytes(32 if i < 32 and i != 10 else i for i in range(256))
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     scan, separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
@@ -323,8 +332,9 @@ def json_stream(data):
         value = found
         yield value
         if isinstance(value, Bad):
-            # An open bracket hides what follows. Go back to the first line that begins as this
-            # value does, or to the line of the break, or go on behind it
+            # If a bracket was not closed, the next records were read as parts of this value. Go
+            # back to the first line that begins as this value does, else to the line of the error,
+            # else continue after the error
             start = text.find(f"\n{indent}{{", pos + 1, end + 1)
             if start < 0:
                 start = max(text.rfind("\n", pos, end + 1), pos + 1)
@@ -339,7 +349,7 @@ def json_stream(data):
 def csv_records(data, delimiter, problems):
     """Yield the rows of CSV as {column: field}; fields may contain line feeds and quotes.
 
-    A quote that is never closed spoils its own row only: what follows is read again.
+    If a quote is never closed, only its row is lost: the lines after it are read again.
     """
     source = (line.decode("utf-8", "replace").replace("\0", "") + "\n"
               for line in lines(data, problems))
@@ -366,7 +376,7 @@ def csv_records(data, delimiter, problems):
             row, whole = [], False
         if not whole:
             yield Bad("broken CSV")
-            if taken[1:-1] and repeats < 100:         # a bound for files that are all quotes
+            if taken[1:-1] and repeats < 100:         # limits the time for files full of quotes
                 repeats += 1
                 source = itertools.chain(filter(None, taken[1:]), source)
                 rows = rows_of(source)
@@ -406,11 +416,11 @@ def parquet_records(path, problems):
         for batch in file.iter_batches(batch_size=512, columns=columns):
             try:
                 yield from batch.to_pylist()
-            except ValueError:                        # invalid UTF-8 in some row
+            except (ValueError, OverflowError):       # invalid UTF-8 in some row, or a long time
                 for i in range(batch.num_rows):
                     try:
                         yield from batch.slice(i, 1).to_pylist()
-                    except ValueError:
+                    except (ValueError, OverflowError):
                         yield Bad("broken parquet")
     except (ValueError, OSError):                     # ArrowInvalid is a ValueError
         problems.append(Bad("broken parquet"))
@@ -433,7 +443,8 @@ def in_order(function, items, n_workers, begin, *arguments):
     waiting = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            with ctrl_c_blocked():                    # workers inherit it when they start
+                waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * n_workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -445,20 +456,58 @@ def in_order(function, items, n_workers, begin, *arguments):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def ctrl_c_blocked():
+    """Postpone Ctrl-C; processes that start meanwhile never see it."""
+    if os.name == "nt":
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def start_worker(begin, arguments):
-    """Prepare a worker: Ctrl-C is for the main process, and a worker ends when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a worker, which ends when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # not inherited on Windows
     main_process = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     begin(*arguments)
 
 
 @contextmanager
-def interruptible(folder):
-    """Let SIGTERM clean up as Ctrl-C does, and both end in one sentence."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interruptible(what):
+    """Let SIGTERM clean up as Ctrl-C does; both end in one sentence and the shell's exit code.
+
+    what: the file or folder that an interrupted run leaves as it was.
+    """
+    def interrupt(number, frame):
+        received.append(number)
+        for each in signal.SIGINT, signal.SIGTERM:
+            signal.signal(each, signal.SIG_IGN)       # a second Ctrl-C must not stop the clean-up
+        raise KeyboardInterrupt
+
+    received = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:                # nohup ignores SIGINT
+            signal.signal(number, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; what {folder} held before is untouched, "
-                         "run the same command again") from None
+        print(f"interrupted; {what} is as it was before, run the same command again",
+              file=sys.stderr)
+        raise SystemExit(128 + received[0]) from None
+
+
+# ---- what the user sees --------------------------------------------------------------------------
+
+def print_report(rows):
+    """Print {name: {figure: number, "dropped": {reason: count}}}, the reasons a line each."""
+    for name, row in rows.items():
+        figures = [f"{n:,} {figure}" for figure, n in row.items() if figure != "dropped"]
+        print(f"{name}: {', '.join(figures)}")
+        dropped = row.get("dropped", {})
+        for reason in sorted(dropped, key=dropped.get, reverse=True):
+            print(f"{dropped[reason]:>10,} dropped: {reason}")

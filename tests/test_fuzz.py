@@ -40,7 +40,7 @@ import prepare_sft                                                              
 import readers                                                                               # noqa: E402
 import tokenizer                                                                             # noqa: E402
 from conftest import story, train_tokenizer, write_meta                                      # noqa: E402
-from corpora import CHAT, TEXT, Bad                                                          # noqa: E402
+from corpora import CHAT, PREFERENCE, TEXT, Bad                                                          # noqa: E402
 from model import Model, ModelConfig                                                         # noqa: E402
 from optim import make_optimizers                                                            # noqa: E402
 
@@ -87,6 +87,8 @@ def record(rng):
     return rng.choice([
         lambda: {"conversations": turns(rng, "from", "value", ["human", "gpt"])},
         lambda: {"messages": turns(rng, "role", "content", ["user", "assistant"]), "system": text(rng)},
+        lambda: {"prompt": text(rng), "chosen": text(rng), "rejected": text(rng)},
+        lambda: {name: turns(rng, "role", "content", ["user", "assistant"]) for name in ("chosen", "rejected")},
         lambda: {"title": text(rng), "summary": text(rng), "sections": turns(rng, "title", "content", ["一", "二"])},
         lambda: {"文件名": "a", "段落": turns(rng, "行号", "内容", [1, 2])}])()
 
@@ -237,19 +239,23 @@ def check_dialogue(toks, messages):
 def used_or_counted(table, name, record, toks):
     """What becomes of a record: "used", or the reason."""
     try:
-        result = (corpora.document if table is TEXT else corpora.messages)(name, record)
+        result = corpora.document(name, record) if table is TEXT else corpora.read(table, name, "", record)
     except Bad as bad:
         assert str(bad) and "\n" not in str(bad)
         return str(bad)
     if table is TEXT:
         check_text(result)
         assert cleaning.quality(result) is None
-    else:
-        assert [m["role"] for m in result if m["role"] != "system"] == ["user", "assistant"] * (len(result) // 2)
-        assert all(m["content"].strip() for m in result)
-        for message in result:
+        return "used"
+    prompt, *answers = result if table is PREFERENCE else (result[:-1], result[-1]["content"])
+    assert len(set(answers)) == len(answers) == (2 if table is PREFERENCE else 1)
+    for answer in answers:
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        assert [m["role"] for m in messages if m["role"] != "system"] == ["user", "assistant"] * (len(messages) // 2)
+        assert all(m["content"].strip() for m in messages)
+        for message in messages:
             check_text(message["content"])
-        check_dialogue(toks, result)
+        check_dialogue(toks, messages)
     return "used"
 
 
@@ -269,7 +275,7 @@ def any_file(rng, folder, toks):
     readers.MAX_RECORD = rng.choice([1 << 28, 1 << 28, 300])
     outcomes = Counter()
     try:
-        for table in TEXT, CHAT:
+        for table in TEXT, CHAT, PREFERENCE:
             for cut in sorted({data_set.cut for data_set in table.values()}):
                 for found in readers.records(path, cut):
                     outcomes.update(used_or_counted(table, name, found, toks) for name in table if table[name].cut == cut)
@@ -365,8 +371,9 @@ def any_dialogue(rng, folder, toks):
 class Pool:
     """ProcessPoolExecutor without processes: what goes to a worker is pickled all the same."""
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, n_workers, context, start, begin_and_arguments):
+        begin, arguments = begin_and_arguments
+        begin(*arguments)
 
     def submit(self, function, item):
         result = function(pickle.loads(pickle.dumps(item)))
@@ -388,55 +395,61 @@ def corpus(rng, folder):
     return path, sum(1 for _ in readers.records(path))
 
 
+def prepared(stage, **constants):
+    """Run main() of a prepare script in this process, its workers as well; returns meta.json."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        for name, value in dict(constants, workers=2).items():
+            patch.setattr(stage, name, value)
+        patch.setattr(corpora, "BATCH_CHARS", 999)
+        patch.setattr(readers, "ProcessPoolExecutor", Pool)
+        stage.main()
+    with open(f"{constants['data_dir']}/meta.json", encoding="utf-8") as f:
+        return json.load(f)
+
+
+def counted(meta, numbers):
+    """What became of the records of each corpus, as a Counter; numbers: of records that there are."""
+    reasons = Counter()
+    for row, n in zip(meta["corpora"].values(), numbers):
+        used = row["documents"] if "documents" in row else row["examples"]
+        assert row["records"] == n == used + sum(row["dropped"].values())
+        reasons += Counter(used=used, **row["dropped"])
+    return reasons
+
+
 def prepared_to_pretrain(rng, folder, toks):
     """prepare_pretrain.py: its report accounts for every record, its bins hold what the report says."""
     path, n = corpus(rng, folder)
     good = [{"text": f"第{i}个：{story(random.Random(i), 4)}"} for i in range(12)]       # enough for either bin
     names = rng.sample([name for name in TEXT if TEXT[name].cut == "line"], 2)
     spec = ",".join([f"{name}:{path}" for name in names] + ["text:" + write(folder, "good.jsonl", lines(good).encode())])
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
-        for name, value in dict(corpora=spec, tokenizer=toks[0].name, data_dir=str(folder / "bins"), val_fraction=0.3,
-                                dedup=rng.random() < 0.7, workers=2, BATCH_CHARS=999, worker_tokenizer=toks[0]).items():
-            patch.setattr(prepare_pretrain, name, value, raising=False)
-        patch.setattr(readers, "ProcessPoolExecutor", Pool)
-        settings = dict(shingle=5, n_permutations=256, seed=1) if prepare_pretrain.dedup else None
-        patch.setattr(prepare_pretrain, "worker_settings", settings, raising=False)
-        prepare_pretrain.main()
-    meta, reasons = json.loads((folder / "bins/meta.json").read_text("utf-8")), Counter()
-    for name, count in zip(meta["corpora"], (n, n, 12)):
-        row = meta["corpora"][name]
-        assert row["records"] == count == row["documents"] + sum(row["dropped"].values())
-        reasons += Counter(used=row["documents"], **row["dropped"])
+    meta = prepared(prepare_pretrain, corpora=spec, tokenizer=toks[0].name, data_dir=str(folder / "bins"), val_fraction=0.3,
+                    dedup=rng.random() < 0.7)
     for part in "train", "val":
         ids = np.fromfile(folder / f"bins/{part}.bin", "<u2")
         assert len(ids) == meta[part]["tokens"] and (ids == 2).sum() == meta[part]["documents"]
         assert not ((ids < 8) & (ids != 2)).any()                      # no text became a control token
-    return reasons
+    return counted(meta, (n, n, 12))
 
 
 def prepared_to_fine_tune(rng, folder, toks):
-    """prepare_sft.py: its report accounts for every record."""
+    """prepare_sft.py: its report accounts for every record, its files hold what the report says."""
     path, n = corpus(rng, folder)
-    names = rng.sample(sorted(CHAT), 2)
-    files = defaultdict(io.BytesIO)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
-        for name, value in dict(corpora=",".join(f"{name}:{path}" for name in names), tokenizer=toks[0].name, augment=0.5,
-                                max_seq_len=rng.choice([60, 512]), val_fraction=0.2, test_fraction=0.2).items():
-            patch.setattr(prepare_sft, name, value)
-        batches = prepare_sft.batches
-        patch.setattr(prepare_sft, "batches", lambda: map(pickle.loads, map(pickle.dumps, batches())))
-        splits, by_corpus, _ = prepare_sft.write(files, prepare_sft.results(1))
-    reasons = Counter()
-    for row in by_corpus.values():
-        assert row["records"] == n == row["examples"] + sum(row["dropped"].values())
-        reasons += Counter(used=row["examples"], **row["dropped"])
-    assert len(by_corpus) == 2 and len(files["test", "jsonl"].getvalue().decode("utf-8").splitlines()) >= splits["test"]["examples"]
+    good = [{"prompt": f"第{i}个问题", "response": story(random.Random(i), 1)} for i in range(12)]
+    spec = ",".join([f"{name}:{path}" for name in rng.sample(sorted(CHAT), 2)]
+                    + ["prompt:" + write(folder, "good.jsonl", lines(good).encode())])
+    meta = prepared(prepare_sft, corpora=spec, tokenizer=toks[0].name, data_dir=str(folder / "bins"), augment=0.5,
+                    max_seq_len=rng.choice([60, 512]), val_fraction=0.2, test_fraction=0.2)
     for part in "train", "val":
-        ids = np.frombuffer(files[part, "bin"].getvalue(), "<u2")
-        assert len(ids) == splits[part]["tokens"] == len(files[part, "mask"].getvalue())
-        assert (ids == 1).sum() == splits[part]["examples"] and not (ids == 0).any() and not (ids == 3).any()
-    return reasons
+        ids = np.fromfile(folder / f"bins/{part}.bin", "<u2")
+        mask, idx = np.fromfile(folder / f"bins/{part}.mask", "u1"), np.fromfile(folder / f"bins/{part}.idx", "<i8")
+        assert len(ids) == len(mask) == meta[part]["tokens"] == idx[-1] and len(idx) == meta[part]["examples"] + 1
+        assert mask.sum() == meta[part]["targets"] and (ids[idx[:-1]] == 1).all() and (ids == 1).sum() == len(idx) - 1
+        assert not (ids == 0).any() and not (ids == 3).any()
+    with open(folder / "bins/test.jsonl", encoding="utf-8") as f:
+        assert len([json.loads(line) for line in f]) == meta["test"]["examples"]
+    return counted(meta, (n, n, 12))
 
 
 def change_inside(rng, value):
@@ -558,7 +571,7 @@ def test_what_is_nested_too_deeply_to_be_sent_to_a_worker_is_counted(tmp_path, d
     assert two == {} and isinstance(one, dict) == used
     assert used or str(one) in ("nested too deeply", "broken JSON")
     pickle.loads(pickle.dumps(one))
-    prepare_pretrain.n_chars(one)
+    corpora.n_chars(one)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

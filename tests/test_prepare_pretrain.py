@@ -5,12 +5,17 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import run
 
+import corpora
 import prepare_pretrain
 import tokenizer
 
@@ -55,7 +60,8 @@ def read(out, tok):
     meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
     splits = {}
     for split in "train", "val":
-        ids = np.fromfile(out / f"{split}.bin", "<u2")
+        ids = np.fromfile(out / f"{split}.bin", meta["dtype"])
+        assert meta["crc32"][f"{split}.bin"] == zlib.crc32(ids)
         assert len(ids) == meta[split]["tokens"] and ids[-1] == tok.eos_id
         ends = np.flatnonzero(ids == tok.eos_id)
         splits[split] = [tok.decode(part.tolist()) for part in np.split(ids, ends[:-1] + 1)]
@@ -96,7 +102,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, model, texts):
     rng = random.Random(11)                                                  # long ones, to make several batches
     long = ["".join(map(chr, rng.choices(range(0x4E00, 0x9000), k=9000))) for _ in range(400)]
     path, made = write(tmp_path / "a.jsonl", texts + texts[:9] + ["坏"] + long), []
-    assert os.path.getsize(path) > 12 * prepare_pretrain.BATCH_CHARS
+    assert os.path.getsize(path) > 12 * corpora.BATCH_CHARS
     for workers in 1, 2, 3:
         out = tmp_path / f"out{workers}"
         code, said = prepare(f"text:{path}", model, out, f"--workers={workers}", "--val_fraction=0.1")
@@ -128,9 +134,24 @@ def test_bad_records_and_duplicates_are_counted_by_reason(tmp_path, model, texts
     everything = splits["train"] + splits["val"]
     assert len(everything) == 101 and texts[2] in everything and near not in everything      # the first stays
     assert CONTROLS in everything                                            # as text: no control token
-    assert all(word in said for word in ("broken JSON", "near duplicate", "train:", "val:"))
+    assert said.index("3 dropped: exact duplicate") < said.index("2 dropped: broken JSON") < said.index("1 dropped: near dup")
+    assert "train: " in said and "val: " in said
     assert prepare(*settings, tmp_path / "all", "--val_fraction=0.2", "--dedup=false")[0] == 0
     assert len(sum(read(tmp_path / "all", tokenizer.load(model))[1].values(), [])) == 105
+
+
+def test_bins_larger_than_what_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    documents = np.zeros(200, prepare_pretrain.DOCUMENT)
+    documents["tokens"] = rng.integers(1, 90, 200)
+    ids = [rng.integers(0, 1 << 16, n).astype("<u2") for n in documents["tokens"]]
+    (tmp_path / "ids").write_bytes(b"".join(ids))
+    order = rng.permutation(200)[:150]
+    for size in 1, 50, 1000, 1 << 20:
+        monkeypatch.setattr(prepare_pretrain, "GATHER_TOKENS", size)
+        with open(tmp_path / "ids", "rb") as ids_file, open(tmp_path / "bin", "wb") as bin_file:
+            prepare_pretrain.write_bin(bin_file, ids_file, "<u2", documents, order)
+        assert (tmp_path / "bin").read_bytes() == b"".join(ids[i] for i in order)
 
 
 # ---- near duplicates against exact similarities ---------------------------------------------------------------------
@@ -191,6 +212,25 @@ def test_the_first_of_many_copies_stays_and_strangers_stay(tmp_path):
     assert not flags[:40].any() and flags[40:].all()
 
 
+def test_one_band_shared_by_documents_that_differ_hides_no_copies():
+    """Each document is compared with the first of those that agree, and what is left again."""
+    rng = np.random.default_rng(1)
+    minima = rng.integers(0, 256, (2000, 256), np.uint8)
+    minima[:, :8] = 7                                                         # all agree on the first band
+    minima[1000:, 8:] = minima[:1000, 8:]                                     # 1,000 pairs of copies
+    for first in range(8, 256, 8):                                            # which agree on no other band
+        minima[1000:, first] += 1
+    few = minima[[0, 1, 2, 3, 4, 1001, 1002]]
+    found = []
+    for rows in few, minima:
+        with tempfile.TemporaryFile() as file:
+            file.write(rows)
+            file.flush()
+            found.append(prepare_pretrain.near_duplicates(file, np.zeros(len(rows), bool), 256, 32, 0.8))
+    assert found[0].tolist() == [False] * 5 + [True] * 2
+    assert not found[1][:1000].any() and 0 < found[1].sum() < 20              # a few rounds only: no quadratic time
+
+
 def test_copies_that_differ_in_white_space_or_width_only_are_found(tmp_path):
     text = "小猫说：“你好！”，然后回家了。第二天（星期一），它又来了、又走了。为什么呢？没有人知道。"
     narrow = text.translate(str.maketrans("：“！”，。（）、？", ':"!",.(),?'))
@@ -229,7 +269,8 @@ def test_exact_duplicates_keep_the_first():
     (["--n_bands=7"], ["n_bands=7"]), (["--val_fraction=1.5"], ["val_fraction=1.5"]),
     (["--workers=-1"], ["workers=-1"]), (["--seed=-1"], ["seed=-1"]),
     (["--jaccard=0"], ["jaccard=0.0"]), (["--shingle=0"], ["shingle=0"]),
-    (["--val_fraction=1e-9"], ["too little text", "val_fraction"]),
+    (["--shingle=100000"], ["shingle=100000"]), (["--val_fraction=0"], ["val_fraction=0"]),
+    (["--val_fraction=1e-6"], ["too little text", "val_fraction"]),
 ])
 def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, model, texts, more, parts):
     path = write(tmp_path / "a.jsonl", texts[:20])
@@ -238,14 +279,48 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, model, texts, mor
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 
-def test_a_vocabulary_over_65536_is_refused_by_name_and_size(tmp_path, model, texts, monkeypatch):
-    class Large:
-        vocab_size = 100_277
-    monkeypatch.setattr(prepare_pretrain, "corpora", "text:" + write(tmp_path / "a.jsonl", texts[:9]))
-    monkeypatch.setattr(prepare_pretrain, "tokenizer", "cl100k_base")
-    monkeypatch.setattr(prepare_pretrain, "load", lambda name: Large)
-    with pytest.raises(SystemExit, match="cl100k_base.*100,277.*65,536"):
-        prepare_pretrain.main()
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A byte-level tokenizer.json with more than 65,536 ids; 小 and 猫 are among the last ones."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder, t = tmp_path_factory.mktemp("wide"), tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    t.train_from_iterator([], tokenizers.trainers.BpeTrainer(
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    spec = json.loads(t.to_str())
+    spec["model"]["vocab"].update({f"w{i}": i for i in range(len(spec["model"]["vocab"]), 70_000)})
+    t = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    t.add_special_tokens(["<|endoftext|>"])
+    t.add_tokens(["小", "猫"])
+    t.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return str(folder)
+
+
+def test_ids_above_65535_make_bins_of_32_bits(tmp_path, model, wide, texts):
+    path = write(tmp_path / "a.jsonl", [f"{text}小猫" for text in texts[:99]])
+    for name, size in (model, 2), (wide, 4):
+        out, tok = tmp_path / str(size), tokenizer.load(name)
+        code, output = prepare(f"text:{path}", name, out, "--val_fraction=0.2")
+        assert code == 0, output
+        meta, splits = read(out, tok)
+        assert meta["dtype"] == f"uint{8 * size}" and meta["vocab_size"] == tok.vocab_size
+        assert os.path.getsize(out / "train.bin") == size * meta["train"]["tokens"]
+        assert sorted(splits["train"] + splits["val"]) == sorted(f"{text}小猫" for text in texts[:99])
+    ids = np.fromfile(tmp_path / "4/train.bin", "<u4")
+    assert (ids == tok.encode("猫")[0]).sum() == meta["train"]["documents"] and ids.max() > 70_000
+    chat = write(tmp_path / "b.jsonl", texts[:99]).replace("b.jsonl", "c.jsonl")
+    with open(chat, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({"prompt": text, "response": f"小猫{i}"}) + "\n" for i, text in enumerate(texts[:99]))
+    done = run("prepare_sft.py", tmp_path, f"--corpora=prompt:{chat}", f"--tokenizer={wide}", "--data_dir=sft", "--show=1",
+               "--max_seq_len=4096", "--workers=1")
+    assert done.rc == 0 and "小猫0" in done.out, done.err
+    meta = json.loads((tmp_path / "sft/meta.json").read_text(encoding="utf-8"))
+    ids, mask = np.fromfile(tmp_path / "sft/train.bin", "<u4"), np.fromfile(tmp_path / "sft/train.mask", "u1")
+    assert meta["dtype"] == "uint32" and len(ids) == len(mask) == meta["train"]["tokens"]
+    answers = [text.rstrip("\n") for text in tok.decode(ids[mask == 1].tolist()).split("小猫")[1:]]
+    assert len(answers) == meta["train"]["examples"] and set(answers) <= set(map(str, range(99)))
 
 
 def test_empty_input(tmp_path, model):
@@ -253,7 +328,7 @@ def test_empty_input(tmp_path, model):
     assert code == 1 and "too little text" in said and "Traceback" not in said
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts, kill):
     out, small = tmp_path / "out", write(tmp_path / "a.jsonl", texts[:200])
@@ -263,14 +338,18 @@ def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts
     words = story(rng, 2000)
     large = write(tmp_path / "b.jsonl", [f"{i}{words}" for i in range(2500)])
     command = [sys.executable, SCRIPT, f"--corpora=text:{large}", f"--tokenizer={model}", f"--data_dir={out}"]
-    run = subprocess.Popen([*command, "--workers=2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                           encoding="utf-8")
-    while not (out / "ids.tmp").exists() or not os.path.getsize(out / "ids.tmp"):
-        assert run.poll() is None and not time.sleep(0.01)
-    run.send_signal(kill)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode and "Traceback" not in said
-    assert kill == signal.SIGKILL or sorted(os.listdir(out)) == sorted(before) and "interrupted" in said
+    process = subprocess.Popen([*command, "--workers=2"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               encoding="utf-8", start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text().split():                                  # until the first worker is there
+        assert process.poll() is None and not time.sleep(0.01)
+    if kill == signal.SIGINT:                                                # Ctrl-C goes to the workers, too
+        os.killpg(process.pid, kill)
+    process.send_signal(kill)                                                # perhaps the user is impatient
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
+    assert "Traceback" not in said and sorted(os.listdir(out)) == sorted(before)
+    assert kill == signal.SIGKILL or said.count("interrupted; ") == 1
     assert {name: (out / name).read_bytes() for name in before} == before
     assert prepare(f"text:{small}", model, out, "--val_fraction=0.1")[0] == 0
     assert {name: (out / name).read_bytes() for name in sorted(os.listdir(out))} == before

@@ -1,6 +1,9 @@
 """prepare_sft.py: what is written is what was said, mask and report are right, nothing gets lost uncounted."""
 import json
 import re
+import subprocess
+import sys
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -32,7 +35,7 @@ def made(tok, tmp_path_factory):
     (folder / "chat.json").write_text(json.dumps(chat, ensure_ascii=False), encoding="utf-8")
     outs = [run("prepare_sft.py", folder, "--corpora=alpaca:alpaca.jsonl,messages:chat.json", f"--tokenizer={tok.name}",
                 f"--data_dir=d{workers}", f"--workers={workers}", "--max_seq_len=60", "--max_answer=250",
-                "--val_fraction=0.1", "--test_fraction=0.1", f"--show={4 * (workers == 2)}") for workers in (1, 2)]
+                "--val_fraction=0.1", "--test_fraction=0.1", f"--show={2 * (workers == 2)}") for workers in (1, 2)]
     for out in outs:
         assert out.rc == 0, out.err
     return folder, alpaca, chat, outs[1].out
@@ -108,9 +111,12 @@ def test_report_adds_up(made, tok):
         assert meta[split]["longest"] == max(len(ids) for ids, _ in examples) <= 60
     for name in "examples", "tokens", "targets":
         assert first[name] + second[name] == sum(meta[split][name] for split in ("train", "val", "test"))
+    for name, crc in meta["crc32"].items():
+        assert crc == zlib.crc32((folder / "d1" / name).read_bytes())
+    assert len(meta["crc32"]) == 7 and meta["pairs"] is False and meta["dtype"] == "uint16"
     assert meta["longest"] == max(meta[split]["longest"] for split in ("train", "val", "test"))
     assert meta["tokenizer_sha256"] == tok.sha256 and meta["format"] == 1 and meta["vocab_size"] == 400
-    assert f"{meta['train']['targets']:,}" in out and "5 duplicate" in out
+    assert f"{meta['train']['targets']:,} targets" in out and "5 dropped: duplicate" in out
     assert all(f"{column}: " in out for column in ("targets", "shortened", "augmented"))     # what they mean
     assert "were dropped because" not in out
 
@@ -134,32 +140,52 @@ def test_a_question_stands_on_one_side_only(made, tok):
 
 
 def test_show_marks_exactly_the_answers(made, tok):
-    shown = made[3][made[3].index("--- example"):]
-    examples, by_number = read(made[0] / "d2", "train"), re.split(r"--- example (\d+) of .*\n", shown)[1:]
-    assert len(by_number) == 8
-    for number, text in zip(by_number[::2], by_number[1::2]):
-        messages = parse(tok, examples[int(number)][0])
-        assert text.startswith("<bos><|")
-        answers = [m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
-        assert re.findall(r"【(.*?)】", text, re.S) == answers
-        assert re.sub(r"【|】", "", text.split("\n\n")[0]).strip() == "<bos>" + "".join(
+    shown = re.split(r"--- an example of (\d+) tokens, of which (\d+) count in the loss.*\n", made[3])[1:]
+    examples = {tuple(ids): mask for ids, mask in read(made[0] / "d2", "train")}
+    assert len(shown) == 3 * 4                                     # two of each corpus
+    for n, n_counted, text in zip(shown[::3], shown[1::3], shown[2::3]):
+        text = text.split("\n\n")[0].strip()
+        contents = re.findall(r"<\|(\w+)\|>【?(.*?)<\|end\|>", text, re.S)
+        messages = [{"role": role, "content": content} for role, content in contents]
+        ids, mask = tok.render(messages)
+        assert examples[tuple(ids)] == mask and (len(ids), sum(mask)) == (int(n), int(n_counted))
+        assert re.findall(r"【(.*?)】", text, re.S) == [
+            m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
+        assert re.sub(r"【|】", "", text) == "<bos>" + "".join(
             f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
 
 
-def test_show_shows_some_of_every_corpus(tok, tmp_path):
-    """Also of a small one beside a large one, and one of each where there are more corpora than examples asked for."""
-    for name, n in ("a", 200), ("b", 3), ("c", 1):
+def test_show_shows_the_first_of_every_corpus(tok, tmp_path):
+    for name, n in ("a", 20), ("b", 3), ("c", 1):
         records = pairs(n, f"{name}的回答")
         for record in records:
             record["instruction"] = name + record["instruction"]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    for names, show, expected in ("ab", 3, "abb"), ("abc", 2, "abc"), ("abc", 12, "aaaabbbc"), ("a", 2, "aa"):
-        corpora = ",".join(f"alpaca:{name}.jsonl" for name in names)
-        done = run("prepare_sft.py", tmp_path, f"--corpora={corpora}", f"--tokenizer={tok.name}", f"--show={show}",
-                   "--val_fraction=0", "--test_fraction=0", "--workers=1")
-        shown = re.findall(r"--- example (\d+) of .*\n.*【(.)的回答", done.out)
-        assert "".join(name for _, name in shown) == expected, (done.out, done.err)
-        assert len({number for number, _ in shown}) == len(expected)
+    for show, expected in (0, ""), (1, "abc"), (4, "aaaabbbc"):
+        done = run("prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl,alpaca:b.jsonl,alpaca:c.jsonl", f"--show={show}",
+                   f"--tokenizer={tok.name}", "--val_fraction=0", "--test_fraction=0", "--workers=1")
+        shown = re.findall(r"--- an example.*\n.*【(.)的回答(\d)", done.out)
+        assert "".join(name for name, _ in shown) == expected, (done.out, done.err)
+        assert [int(i) for name, i in shown if name == "a"] == list(range(expected.count("a")))
+
+
+def test_where_most_dialogues_share_a_question_whole_dialogues_are_split(tok, tmp_path):
+    """As in data sets where a role or a task is given first, and the same in every record."""
+    rows = [[("扮演医生。", "好的。"), (f"第{i}个问题", f"答{i}")] for i in range(300)]
+    rows += [[(f"另外第{i}个问题", "答")] for i in range(200)]
+    with open(tmp_path / "shared.jsonl", "w", encoding="utf-8") as f:
+        for turns in rows:
+            messages = [{"role": role, "content": content} for turn in turns
+                        for role, content in zip(("user", "assistant"), turn)]
+            f.write(json.dumps({"messages": messages}) + "\n")
+    other = pairs(50) + [{**record, "output": "另一个回答"} for record in pairs(5)]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
+    done = run("prepare_sft.py", tmp_path, "--corpora=messages:shared.jsonl,alpaca:other.jsonl", f"--tokenizer={tok.name}",
+               "--val_fraction=0.2", "--test_fraction=0.2", "--workers=2")
+    assert done.rc == 0 and re.findall(r"(.*): most dialogues begin with the same", done.out) == ["messages:shared.jsonl"]
+    begin = tok.encode("扮演医生。")
+    n = {split: sum(ids[2:2 + len(begin)] == begin for ids, _ in read(tmp_path / "data/sft", split)) for split in ("train", "val")}
+    assert n["train"] > 120 and n["val"] > 30 and 300 - sum(n.values()) > 30
 
 
 def test_many_records_that_are_too_long_are_said_with_the_cure(tok, tmp_path):
@@ -178,8 +204,23 @@ def test_a_single_exchange_that_is_too_long_is_dropped_not_cut(made, tok, tmp_pa
                "--val_fraction=0", "--test_fraction=0", "--workers=1")
     meta = json.loads((tmp_path / "data/sft/meta.json").read_text(encoding="utf-8"))
     assert meta["corpora"]["alpaca:a.jsonl"]["dropped"] == {"longer than max_seq_len": 1}
-    assert "1 longer than max_seq_len" in done.out
+    assert "1 dropped: longer than max_seq_len" in done.out
     assert len(read(tmp_path / "data/sft", "train")) == 20 and read(tmp_path / "data/sft", "val") == []
+
+
+def test_the_limits_are_inclusive_and_each_has_its_reason(tok, tmp_path):
+    records = [{"messages": [{"role": "user", "content": "问" * n}, {"role": "assistant", "content": "答" * m}]}
+               for n, m in ((2, 3), (9, 3), (2, 8), (1, 3), (10, 3), (2, 2), (2, 9))]
+    records.append({"messages": [*records[0]["messages"][:1], {**records[1]["messages"][1], "weight": 0}]})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    longest = max(len(tok.render(record["messages"])[0]) for record in records[:3])
+    for more, reasons in (0, {}), (-1, {"longer than max_seq_len": 1}):
+        run("prepare_sft.py", tmp_path, "--corpora=messages:a.jsonl", f"--tokenizer={tok.name}", "--min_prompt=2", "--workers=1",
+            "--max_prompt=9", "--min_answer=3", "--max_answer=8", "--val_fraction=0", "--test_fraction=0",
+            f"--max_seq_len={longest + more}")
+        meta = json.loads((tmp_path / "data/sft/meta.json").read_text(encoding="utf-8"))
+        assert meta["corpora"]["messages:a.jsonl"]["dropped"] == {
+            "prompt too short": 1, "prompt too long": 1, "answer too short": 1, "answer too long": 1, "no target": 1, **reasons}
 
 
 def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_path):
@@ -191,7 +232,7 @@ def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_pa
     a, b, c = ((tmp_path / folder / "train.bin").read_bytes() for folder in "abc")
     assert a == b != c
     plain = {r["output"]: r["instruction"] for r in pairs(200)}
-    changed = 0
+    changed = longer = shorter = 0
     for split in "train", "val":
         for ids, _ in read(tmp_path / "a", split):
             question, answer = parse(tok, ids)
@@ -199,25 +240,71 @@ def test_augmentation_changes_questions_only_and_is_repeatable(made, tok, tmp_pa
             assert same or split == "train"
             changed += not same
             assert set(question["content"]) <= set(plain[answer["content"]])
+            longer += len(question["content"]) > len(plain[answer["content"]])
+            shorter += len(question["content"]) < len(plain[answer["content"]])
     meta = json.loads((tmp_path / "a/meta.json").read_text(encoding="utf-8"))
     assert 0.3 * meta["train"]["examples"] < changed <= meta["train"]["augmented"] < 0.7 * meta["train"]["examples"]
-    assert meta["val"]["augmented"] == 0
+    assert meta["val"]["augmented"] == 0 and longer > 10 and shorter > 10
 
 
-def test_a_vocabulary_over_16_bits_and_other_mistakes_end_in_one_sentence(tok, tmp_path):
+def test_pairs_are_two_examples_with_the_same_prompt_in_one_split(tok, tmp_path):
+    def exchange(i, turns):
+        return [{"role": role, "content": f"{i}-{t}{role[0]}"} for t in range(turns) for role in ("user", "assistant")][:-1]
+    records = [{"prompt": exchange(i, 1 + i % 9), "chosen": f"好{i}", "rejected": "坏" * (1 + i % 5) + str(i)} for i in range(300)]
+    bad = [{**records[0], "rejected": "好0"}, {**records[1], "chosen": ""}, records[2], {**records[3], "rejected": "坏" * 60}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records + bad)), encoding="utf-8")
+    for workers in 1, 2:
+        done = run("prepare_sft.py", tmp_path, "--corpora=preference:a.jsonl", f"--tokenizer={tok.name}", "--max_seq_len=60",
+                   "--val_fraction=0.2", "--test_fraction=0.1", f"--workers={workers}", f"--data_dir=d{workers}", "--augment=0.2")
+        assert done.rc == 0, done.err
+    for path in (tmp_path / "d1").iterdir():
+        assert path.read_bytes() == (tmp_path / "d2" / path.name).read_bytes()
+    meta = json.loads((tmp_path / "d1/meta.json").read_text(encoding="utf-8"))
+    row, seen = meta["corpora"]["preference:a.jsonl"], Counter()
+    assert meta["pairs"] is True and row["records"] == 304 and row["examples"] == 600
+    assert row["dropped"] == {"both sides are equal": 1, "no chosen": 1, "duplicate": 1, "longer than max_seq_len": 1}
+    n_shortened = n_noisy = 0
+    for split in "train", "val":
+        examples = read(tmp_path / "d1", split)
+        assert len(examples) == meta[split]["examples"] > 50
+        for sides in zip(examples[::2], examples[1::2]):
+            (*prompt, chosen), (*other_prompt, rejected) = [parse(tok, ids) for ids, _ in sides]
+            number = int(chosen["content"][1:])
+            whole = records[number]["prompt"]
+            assert prompt == other_prompt and chosen["content"] == records[number]["chosen"]
+            assert rejected["content"] == records[number]["rejected"]
+            for (ids, mask), answer in zip(sides, (chosen, rejected)):         # the last answer only
+                n = len(tok.encode(answer["content"])) + 1
+                assert mask == [0] * (len(ids) - n) + [1] * n
+            kept = whole[len(whole) - len(prompt):]
+            assert split == "train" and [m["role"] for m in prompt] == [m["role"] for m in kept] or prompt == kept
+            if len(kept) < len(whole):                                         # one exchange more does not fit
+                n_shortened += 1
+                longer = whole[len(whole) - len(prompt) - 2:]
+                assert max(len(tok.render(longer + [side])[0]) for side in (chosen, rejected)) > 60
+            n_noisy += prompt != kept
+            seen[split, number] += 1
+    with open(tmp_path / "d1/test.jsonl", encoding="utf-8") as f:
+        for line in map(json.loads, f):
+            number = int(line["messages"][-1]["content"][1:])
+            assert line["rejected"] == records[number]["rejected"]
+            seen["test", number] += 1
+    assert sorted(number for _, number in seen) == list(range(300)) and set(seen.values()) == {1}
+    assert n_shortened > 50 and 0.1 * meta["train"]["examples"] / 2 < n_noisy <= row["augmented"]
+
+
+@pytest.mark.parametrize("option, sentence", [
+    ("--corpora=alpaca:a.jsonl,preference:a.jsonl", "two runs"),
+    ("", "no dialogue is left"), ("--val_fraction=0.5 --test_fraction=0.5", "below 1"), ("--max_seq_len=0", "at least 1"),
+    ("--corpora=alpaca:b.jsonl", "b.jsonl"), ("--tokenizer=b.model", "b.model"), ("--augment=2", "between 0 and 1"),
+    ("--augment_delete=0.6 --augment_repeat=0.6", "not be over 1"), ("--min_answer=0", "at least 1")])
+def test_mistakes_end_in_one_sentence(tok, tmp_path, option, sentence):
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "问", "output": ""}), encoding="utf-8")
-    given = ["--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1"]
-    big = f"import tokenizer; t = tokenizer.load({tok.name!r}); t.vocab_size = 65_537; tokenizer.load = lambda name: t"
-    for options, code, said in (
-            ([], big, "65,536"), ([], None, "no output"),
-            (["--val_fraction=0.9", "--test_fraction=0.2"], None, "below 1"),
-            (["--max_seq_len=0"], None, "at least 1"), (["--corpora=alpaca:b.jsonl"], None, "b.jsonl"),
-            (["--tokenizer=b.model"], None, "b.model"), (["--augment=2"], None, "between 0 and 1")):
-        done = run("prepare_sft.py", tmp_path, *given, *options, code=code)
-        assert done.rc == 1 and said in done.err and "Traceback" not in done.err, done.err
-        assert not list(tmp_path.glob("data/sft/*"))               # nothing half-written stays
+    done = run("prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1", *option.split())
+    assert done.rc == 1 and sentence in done.err and "Traceback" not in done.err and done.err.count("\n") == 1, done.err
+    assert not list(tmp_path.glob("data/sft/*"))                   # nothing half-written stays
 
 
-def test_no_torch():
-    for script in "tokenizer.py", "train_tokenizer.py", "prepare_sft.py", "corpora.py", "config.py":
-        assert "import torch" not in (ROOT / script).read_text(encoding="utf-8")
+def test_preparing_loads_no_torch():
+    code = "import prepare_pretrain, prepare_sft, sys, train_tokenizer\nprint([m for m in sys.modules if m == 'torch'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
