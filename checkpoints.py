@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import config
+import lora
 import tokenizer as tokenizers
 from model import Model, ModelConfig
 
@@ -28,8 +29,7 @@ RESUMABLE = {"step": int, "best": float, "skipped": int, "identity": dict, "cons
 OPTIONAL = {**RESUMABLE, "val_loss": float, "val_bpb": float}
 SHAPE = {field.name: field for field in fields(ModelConfig)}
 FIRST_SHAPE = "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim max_seq_len".split()
-LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float,
-       "val_loss": float, "val_bpb": float}
+LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float, "val_loss": float}
 SESSION = {"from_step": int, "to_step": int, "seconds": float, "timed_tokens": int,
            "timed_seconds": float, "date": str, "torch": str, "device": str, "memory": str}
 
@@ -117,8 +117,9 @@ def save(path, state):
         torch.save({"format": FORMAT, **state}, f)
 
 
-def load(path, device="cpu"):
-    """The dict that save() wrote.
+def load(path, device="cpu", to_resume=False):
+    """The dict that save() wrote. to_resume: LoRA's updates stay beside the weights that they belong
+    to; otherwise they are merged.
 
     SystemExit if it is missing, damaged, of another format, or no model that can work.
     weights_only: a checkpoint from elsewhere holds tensors and plain values, but no code that runs.
@@ -140,18 +141,21 @@ def load(path, device="cpu"):
     if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     try:
-        check(state)
+        weights = check(state)
     except ValueError as error:
         raise SystemExit(f"{path}: refused: {error}; take another checkpoint") from None
-    return state
+    return state if to_resume else {**state, "model": weights}
 
 
 def check(state):
-    """Complete the shape of a checkpoint's network; ValueError if something in it cannot be."""
+    """Complete the shape of a checkpoint's network; returns its weights, with LoRA's updates merged.
+
+    ValueError if something in it cannot be.
+    """
     there = {name: kind for name, kind in OPTIONAL.items() if name in state}
     if wrong := has(state, {**CHECKPOINT, **there}):
         raise ValueError(f"its {wrong!r} is missing or wrong")
-    shape, weights = state["shape"], state["model"]
+    shape, weights = state["shape"], lora.merge(state["model"])
     if unknown := shape.keys() - SHAPE:
         raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
     for name in {**dict.fromkeys(FIRST_SHAPE), **shape}:
@@ -178,6 +182,7 @@ def check(state):
         if not is_finite(weight):
             raise ValueError(f"the weight {name} is not finite")
     state["shape"] = vars(network.config)                     # constants that came later: defaults
+    return weights
 
 
 def is_finite(tensor):
@@ -239,7 +244,7 @@ def open_run(out_dir, resume, overwrite, stage, identity):
                          "it, --overwrite starts anew in its place")
     if not resume:
         return None
-    saved = load(path)
+    saved = load(path, to_resume=True)
     if saved["stage"] != stage or "optimizers" not in saved:
         best = ", as best.pt" * ("optimizers" not in saved)
         raise SystemExit(f"{path}: made by {saved['stage']}.py{best}; only the last.pt of "
@@ -303,18 +308,21 @@ def refuse_to_save_nan(model, step, out_dir):
 # the log
 
 class Log:
-    """log.csv, a row per step, written by the main process; resuming repeats no step."""
+    """log.csv, a row per step, written by the main process; resuming repeats no step.
 
-    def __init__(self, path, last_step, process):
-        self.file = None
+    more: the columns behind those of LOG.
+    """
+
+    def __init__(self, path, last_step, process, more=("val_bpb",)):
+        self.file, columns = None, [*LOG, *more]
         if process.is_main:
             kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
             with config.whole_file(path) as f:
-                writer = csv.DictWriter(f, LOG, lineterminator="\n")
+                writer = csv.DictWriter(f, columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(kept)
             self.file = open(path, "a", encoding="utf-8", newline="")
-            self.writer = csv.DictWriter(self.file, LOG, lineterminator="\n")
+            self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
     def row(self, **values):
         if self.file:
@@ -338,17 +346,20 @@ def read_log(path):
         return []
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
         text = f.read()
-    rows = []
-    for line in text[:text.rfind("\n") + 1].splitlines()[1:]:
+    head, *lines = text[:text.rfind("\n") + 1].splitlines() or [""]
+    names, rows = head.split(","), []
+    if names[:len(LOG)] != list(LOG):
+        return []
+    for line in lines:
         cells = line.split(",")                               # there are only numbers
         try:
-            for cell, (name, kind) in zip(cells, LOG.items()):
+            for name, cell in zip(names, cells):
                 if cell or not name.startswith("val_"):
-                    kind(cell)
+                    LOG.get(name, float)(cell)
         except ValueError:
             continue
-        if len(cells) == len(LOG) and int(cells[0]) > 0:
-            rows.append(dict(zip(LOG, cells)))
+        if len(cells) == len(names) and int(cells[0]) > 0:
+            rows.append(dict(zip(names, cells)))
     return rows
 
 

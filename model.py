@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:
     from torch.nn.attention.varlen import varlen_attn          # attention over packed documents
@@ -171,13 +172,14 @@ class Model(nn.Module):
             model.head.weight = model.embedding.weight
         return model
 
-    def forward(self, x, y=None, cu_seqlens=None):
+    def forward(self, x, y=None, cu_seqlens=None, per_token=False):
         """Logits, or with targets their loss.
 
         x (B, T) int64 token ids; y (B, T) int64 the token that follows each, IGNORE where none counts;
         cu_seqlens (N + 1,) int32: where the N documents start in the B * T tokens laid end to end (every row starts
         one), then B * T; documents do not see each other. None: each row is one document.
-        Returns (B, T, V) logits, or with y the *sum* of the cross-entropies in nats, a float32 scalar.
+        Returns (B, T, V) logits, or with y the *sum* of the cross-entropies in nats, a float32 scalar; per_token: each
+        of them, float32 (B, T), 0 where none counts.
         """
         mask = None
         if cu_seqlens is not None and not self.has_packed_attention(product_dtype(self.norm.weight)):
@@ -185,6 +187,8 @@ class Model(nn.Module):
         h = self.hidden(x, self.rope[:, :x.shape[1]], mask, cu_seqlens=cu_seqlens)           # (B, T, C)
         if y is None:
             return self.logits(h)                                                            # (B, T, V)
+        if per_token:
+            return self.token_nats(h.flatten(0, 1), y.flatten()).view(y.shape)               # (B, T)
         return self.loss(h.flatten(0, 1), y.flatten())                                       # ()
 
     def hidden(self, x, rope, mask=None, caches=None, cu_seqlens=None):
@@ -229,6 +233,17 @@ class Model(nn.Module):
         if torch.is_grad_enabled():
             return ChunkedLoss.apply(h, weight, y, rows, self.nats)
         return sum(self.nats(hs, weight, ys) for hs, ys in zip(h.split(rows), y.split(rows)))
+
+    def token_nats(self, h, y):
+        """The cross-entropy of each target, float32 (N,), 0 where none counts, for hidden states (N, C).
+
+        A few rows of logits at a time, as in loss(); the backward pass computes them again.
+        """
+        def part(h, y):
+            return F.cross_entropy(self.logits(h).float(), y, ignore_index=IGNORE, reduction="none")
+        rows = loss_rows(h.device, len(self.head.weight))
+        parts = [checkpoint(part, hs, ys, use_reentrant=False) for hs, ys in zip(h.split(rows), y.split(rows))]
+        return torch.cat(parts)
 
     def compile(self):
         """Compile what training runs most: the blocks, one for all as they are alike, and the loss."""

@@ -102,6 +102,17 @@ def write_sft(folder, tok, train, val):
     return folder
 
 
+def write_pairs(folder, tok, train, val):
+    """Bins of pairs, from lists of (messages, chosen, rejected). The loss counts the last answers only."""
+    def both(pairs):
+        return [[{**m, "train": False} for m in messages] + [{"role": "assistant", "content": answer}]
+                for messages, *answers in pairs for answer in answers]
+    write_sft(folder, tok, both(train), both(val))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps({**meta, "pairs": True}), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def pretrain_dir(tok, tmp_path_factory):
     """train: documents of very different lengths, about 1,500 tokens and no multiple of any row; val: a few."""
