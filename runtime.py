@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoints
 import config
+from model import Model
 
 NEEDS = (2, 6)                                # the oldest PyTorch that the tests were run with
 
@@ -236,6 +237,19 @@ def precision(device, dtype):
     half = dtype != "float32"
     autocast = torch.autocast(device.type, dtype=kinds[dtype]) if half else nullcontext()
     return dtype, autocast, torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
+def load_model(path, tokenizer="", device="auto", dtype="auto"):
+    """(model, tokenizer, checkpoint) of a checkpoint, ready to generate; the checkpoint is the dict of
+    checkpoints.load() without the weights.
+
+    tokenizer: as in checkpoints.load_with_tokenizer(); device: as in start(); dtype: of the weights, as in precision().
+    """
+    saved, tok = checkpoints.load_with_tokenizer(path, tokenizer)
+    device = start(device).device
+    name, _, _ = precision(device, dtype)
+    model = Model.from_state(saved["shape"], saved.pop("model"))
+    return model.to(device, getattr(torch, name)).eval(), tok, saved
 
 
 def has_fast_bfloat16(device):

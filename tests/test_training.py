@@ -379,6 +379,21 @@ def test_without_a_card_nothing_is_said_of_one(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("dtype, expected", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_model_is_loaded_with_its_tokenizer_in_the_precision_that_was_asked_for(tok, other_tok, tmp_path, dtype,
+                                                                                  expected):
+    original, path = Model(ModelConfig(tok.vocab_size, **SHAPE)), str(tmp_path / "best.pt")
+    save_model(path, original, tok, "sft", val_bpb=1.5)
+    model, found, saved = runtime.load_model(path, "", "cpu", dtype)
+    assert found.sha256 == tok.sha256 and saved["stage"] == "sft" and saved["val_bpb"] == 1.5
+    assert "model" not in saved and not model.training
+    assert model.state_dict().keys() == original.state_dict().keys()
+    for name, w in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], w.to(expected)) and w.dtype == torch.float32
+    assert "was trained with" in refused(runtime.load_model, path, other_tok.name, "cpu", dtype)
+    assert "not usable here" in refused(runtime.load_model, path, "", "tpu", dtype)
+
+
 @pytest.mark.parametrize("free, world_size, expected", [(1e6, 1, 1), (2e9, 1, 8), (80e9, 1, 64), (80e9, 4, 16)])
 def test_a_micro_batch_fills_the_memory_of_a_card_but_not_more_than_its_share_of_the_batch(monkeypatch, free,
                                                                                             world_size, expected):
