@@ -122,7 +122,6 @@ def main():
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     pairs = read_questions()
     where = runtime.start(device).device
-    runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
     prompts = [tok.prompt(messages) for messages, _ in pairs]

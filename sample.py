@@ -94,7 +94,6 @@ def main():
     config.check_drawing(temperature, top_p, repetition_penalty)
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
-    runtime.keep_freed_memory()
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
     if compile:

@@ -202,7 +202,6 @@ def generation():
         raise SystemExit(f"bench: prompt_tokens ({prompt_tokens}) and new_tokens ({new_tokens}) together are more "
                          f"than max_seq_len ({max_seq_len})")
     where = runtime.start(device).device
-    runtime.keep_freed_memory()
     torch.manual_seed(0)
     model = network().to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
     model.norm.weight.data *= 10              # logits as far apart as trained ones: flat ones would all be sorted
