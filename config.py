@@ -26,6 +26,8 @@ from contextlib import contextmanager
 # torch is loaded, so that scripts import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+IS_MAIN = os.environ.get("RANK", "0") == "0"                   # of the processes that torchrun started
+
 
 def override(namespace, argv=None, outlives_reader=False):
     """Change the constants that stand above this call by `--name=value`, and return them as a dict.

@@ -20,12 +20,13 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
-        out_dim, in_dim = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_a = nn.Parameter(torch.empty(rank, in_dim, device=self.weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(out_dim, rank, device=self.weight.device))
-        # a buffer, so that merge() needs nothing but the weights of a checkpoint
-        self.register_buffer("lora_scale", torch.tensor(alpha / rank, device=self.weight.device))
+        out_dim, in_dim = self.weight.shape
+        with self.weight.device:
+            self.lora_a = nn.Parameter(torch.empty(rank, in_dim))
+            self.lora_b = nn.Parameter(torch.zeros(out_dim, rank))
+            # a buffer, so that merge() needs nothing but the weights of a checkpoint
+            self.register_buffer("lora_scale", torch.tensor(alpha / rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))        # as in the authors' code
 
     def forward(self, x):                                            # (..., in) -> (..., out)
@@ -50,13 +51,14 @@ def merge(weights):
     Raises ValueError if a part of an update is missing or does not fit.
     """
     merged = {name: w for name, w in weights.items() if ".lora_" not in str(name)}
-    for layer in {str(name).rpartition(".lora_")[0] for name in weights.keys() - merged.keys()}:
+    updates = weights.keys() - merged.keys()
+    for layer in {str(name).rpartition(".lora_")[0] for name in updates}:
         try:
-            a, b, scale = (weights[f"{layer}.lora_{part}"] for part in ("a", "b", "scale"))
-            # in float32 even where the model is not
-            update = scale.float() * (b.float() @ a.float())
+            a, b = weights[f"{layer}.lora_a"].float(), weights[f"{layer}.lora_b"].float()
+            update = weights[f"{layer}.lora_scale"].float() * (b @ a)
             weight = merged[f"{layer}.weight"]
+            # in float32, even if the weights are not
             merged[f"{layer}.weight"] = (weight.float() + update.view_as(weight)).to(weight.dtype)
-        except (KeyError, RuntimeError, AttributeError):         # missing, of other shapes, no tensors
+        except (KeyError, RuntimeError, AttributeError):       # missing, misshapen, no tensor
             raise ValueError(f"the update of the weight {layer} is not whole") from None
     return merged

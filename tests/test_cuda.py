@@ -94,7 +94,7 @@ def test_the_estimate_of_memory_is_right_within_15_percent(dim, n_layers, T, row
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    expected = model.bytes_to_train(rows * T, 4 if name == "float32" else 2)
+    expected = model.bytes_to_train(rows, T, getattr(torch, name))
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.15)
 
 

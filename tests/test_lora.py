@@ -1,7 +1,7 @@
 """lora.py: against peft, and that a merged model is the model that was trained."""
 import pytest
 import torch
-from test_training import constants
+from test_training import constants, same_run, save_model
 
 import checkpoints
 import lora
@@ -88,3 +88,41 @@ def test_half_an_update_is_refused(harm):
         weights[layer + harm.split()[0]] = torch.zeros(1, 1) if "shape" in harm else "2"
     with pytest.raises(ValueError, match="blocks.1.ffn.w2 is not whole"):
         lora.merge(weights)
+
+
+def test_fine_tuning_with_lora_resumes_exactly_and_ends_in_an_ordinary_checkpoint(tok, sft_dir, tmp_path, monkeypatch):
+    start = network(vocab_size=tok.vocab_size, max_seq_len=96)
+    save_model(tmp_path / "start.pt", start, tok, "pretrain")
+    settings = dict(checkpoint=str(tmp_path / "start.pt"), tokenizer=tok.name, data_dir=str(sft_dir), device="cpu",
+                    dtype="float32", batch_tokens=256, max_steps=8, eval_interval=4, save_interval=2, lr=3e-3,
+                    lora_rank=4, sample_prompts="", compile="off", micro_batch=2)
+
+    def run(name, **values):
+        with constants(sft, **{**settings, "out_dir": str(tmp_path / name), **values}):
+            sft.main()
+        return checkpoints.read_log(tmp_path / name / "log.csv")
+
+    monkeypatch.setattr(sft, "schedule", lambda step: 1.0)               # whatever max_steps is
+    rows = run("whole")
+    run("parts", max_steps=4)
+    run("parts", resume=True)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert float(rows[-1]["val_loss"]) < float(rows[3]["val_loss"]) < float(rows[0]["loss"])
+    best = checkpoints.load(tmp_path / "whole" / "best.pt")
+    assert best["model"].keys() == start.state_dict().keys()
+    assert torch.equal(best["model"]["embedding.weight"], start.embedding.weight)
+    assert not torch.equal(best["model"]["blocks.0.attention.wq.weight"], start.blocks[0].attention.wq.weight)
+    last = checkpoints.load(tmp_path / "whole" / "last.pt")              # sample.py takes it, too: merged
+    assert last["model"].keys() == best["model"].keys()
+    assert all(torch.equal(w, best["model"][name]) for name, w in last["model"].items())
+    with pytest.raises(SystemExit, match="lora_rank"):
+        run("parts", resume=True, lora_rank=0)
+
+
+def test_the_estimate_of_memory_counts_gradients_and_moments_of_the_updates_only():
+    model = network(dim=256)
+    whole = model.bytes_to_train(1, 8, torch.float32)
+    lora.add(model, rank=2, alpha=4, seed=1)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = 12 * (model.n_params() - n_trained)                          # two moments and a gradient each
+    assert whole - model.bytes_to_train(1, 8, torch.float32) == pytest.approx(saved, rel=0.3)

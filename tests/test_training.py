@@ -204,7 +204,7 @@ def examples(settings, tok):
     """(the packed training split, the network to start from, (ids, mask) and naive nats per target of each example)."""
     with constants(sft, **settings[sft]):
         meta = json.loads(Path(sft.data_dir, "meta.json").read_text("utf-8"))
-        data = sft.Examples("train", {"crc32": {}, **meta}, LONG, tok.vocab_size)
+        data = sft.Examples("train", {"dtype": "uint16", **meta}, LONG, tok.vocab_size)
         saved = checkpoints.load(sft.checkpoint)
     model = Model.from_state(saved["shape"], saved["model"])
     singles, nats = [], []
@@ -288,7 +288,7 @@ def test_the_validation_loss_is_the_mean_over_the_whole_split(train, settings, t
             batches = [pretrain.read_batch(data, np.array([i]), tok, CPU) for i in range(n_rows)]
         else:
             meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            data = sft.Examples("val", {"crc32": {}, **meta}, LONG, tok.vocab_size)
+            data = sft.Examples("val", {"dtype": "uint16", **meta}, LONG, tok.vocab_size)
             batches = [sft.read_batch(data, np.array([i]), tok, CPU) for i in range(len(data.rows))]
         for x, y, cu_seqlens in batches:
             logp = model(x, cu_seqlens=cu_seqlens)[0].double()
@@ -401,7 +401,7 @@ def test_a_micro_batch_fills_the_memory_of_a_card_but_not_more_than_its_share_of
     process = runtime.Process(0, 0, world_size, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     rows = runtime.rows_that_fit(model, process, "bfloat16", 64, 512)
-    needed = [model.bytes_to_train(n * 512, 2) - 4 * model.n_params() for n in (rows, 2 * rows)]
+    needed = [model.bytes_to_train(n, 512, torch.bfloat16) - 4 * model.n_params() for n in (rows, 2 * rows)]
     assert rows == expected or free == 2e9 and needed[0] < 0.9 * free <= needed[1]
     assert rows & (rows - 1) == 0
 
@@ -547,7 +547,7 @@ def test_a_float16_run_resumes_with_its_scale(train, tmp_path, monkeypatch):
 @BOTH
 def test_a_worse_validation_does_not_replace_the_best_also_after_resuming(train, tmp_path, stage, monkeypatch):
     validations = iter([5.0, 4.0, 4.5, 4.25, 3.0])
-    monkeypatch.setattr(stage, "evaluate", lambda *args: (next(validations), 1.0))
+    monkeypatch.setattr(runtime, "evaluate", lambda *args: (next(validations), 1.0))
     train(stage, "a", max_steps=3, eval_interval=1)
     for max_steps, best, of_step in ((3, 4.0, 2), (4, 4.0, 2), (5, 3.0, 5)):
         train(stage, "a", max_steps=max_steps, eval_interval=1, resume=True)
@@ -872,7 +872,7 @@ def test_a_device_that_is_not_there_is_refused(broken):
 
 @BOTH
 def test_more_processes_than_rows_are_refused_before_any_waits_for_another(broken, stage, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setattr(runtime, "WORLD_SIZE", 6)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("it waits for the others"))
     said = broken(stage)
     assert "5 rows" in said and "6 processes" in said
