@@ -17,6 +17,7 @@ import torch
 
 import config
 import lora
+import sharding
 from model import Model, ModelConfig
 from tokenizer import load as load_tokenizer
 
@@ -198,7 +199,8 @@ def check(state):
 
 def is_finite(tensor):
     """Whether all numbers are finite. One NaN makes the extremes NaN: faster than isfinite()."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    tensor = sharding.local(tensor)
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def fingerprint(path):
@@ -281,14 +283,19 @@ def restore(saved, model, optimizers, scaler):
     """
     if saved is None:
         return 0, math.inf, 0
-    model.load_state_dict(saved["model"])
+    parameters = model.state_dict()
+    model.load_state_dict({name: sharding.share(weight, parameters[name])
+                           for name, weight in saved["model"].items()})
     if len(optimizers) != len(saved["optimizers"]):
         raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
                          "give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         groups = [dict(group) for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"]]
         try:
-            optimizer.load_state_dict(state)
+            shares = {i: {name: sharding.share(moment, parameters[i]) for name, moment in of.items()}
+                      for i, of in state["state"].items()}
+            optimizer.load_state_dict({**state, "state": shares})
             fits = all(v.shape in (p.shape, ()) and is_finite(v)
                        for p, moments in optimizer.state.items() for v in moments.values())
         except Exception:                                     # it looks at nothing before use
@@ -342,7 +349,7 @@ class Run:
                 os.fsync(self.file.fileno())
 
     def save(self, name, model, step, **more):
-        """Write a checkpoint, in best.pt with LoRA's updates merged.
+        """Write a checkpoint, in best.pt with LoRA's updates merged; every process calls it.
 
         SystemExit, on every process, if a weight is no longer finite.
         """
@@ -351,11 +358,11 @@ class Run:
                              f"saved: --resume goes on from {self.out_dir}/last.pt, with a lower "
                              "learning rate for instance")
         self.flush()                                          # the log is never behind a checkpoint
+        state = sharding.whole({"model": model.state_dict(), **more})
         if self.is_main:
-            weights = model.state_dict()
             if name == "best.pt":
-                weights = lora.merge(weights)
-            save(f"{self.out_dir}/{name}", {**self.about, "model": weights, "step": step, **more})
+                state["model"] = lora.merge(state["model"])
+            save(f"{self.out_dir}/{name}", {**self.about, "step": step, **state})
 
 
 def read_log(path):

@@ -50,6 +50,8 @@ lora_rank       = 0                       # train updates of this rank only (lor
 lora_alpha      = 32.0                    # the updates count lora_alpha / lora_rank times
 seed            = 1337                    # of the order of the data and of LoRA's first updates
 # machine
+shard           = ""                      # optimizer | full: processes share weights and moments, sharding.py
+recompute       = False                   # compute blocks twice: much less memory, a third more time
 device          = "auto"                  # auto | cuda | mps | cpu
 dtype           = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
 # watching
@@ -140,12 +142,14 @@ def schedule(step):
 def log_probs_of(model, data, n, tok, autocast, process):
     """The log-probabilities of the first n pairs, (2, n) float32; each process computes a share."""
     found = np.zeros((2, n))
-    for pairs in runtime.micro_batches(np.arange(n), micro_batch, process):
+    # some twice, so that all processes have as many
+    order = np.resize(np.arange(n), math.ceil(n / process.world_size) * process.world_size)
+    for pairs in runtime.micro_batches(order, micro_batch, process):
         x, y = read_batch(data, pairs, tok, process.device)
         with autocast:
             found[:, pairs] = log_probs(model, x, y).cpu().numpy()
     sums = runtime.total(found.flatten(), process)             # 0 where another process computed
-    return np.array(sums, np.float32).reshape(2, n)
+    return (np.reshape(sums, (2, n)) / np.bincount(order)).astype(np.float32)
 
 
 def evaluate(model, data, n, tok, autocast, process):
@@ -207,18 +211,19 @@ def main():
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
     process = runtime.start(device, batch_pairs, must_agree)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
+    runtime.check_sharding(shard, "off", dtype_name, batch_pairs, process)
 
     model = Model.from_state(shape, pretrained.pop("model"))
-    model.to(process.device)
+    model.recompute = recompute
+    if lora_rank:
+        lora.add(model, lora_rank, lora_alpha, seed)
+    forward = runtime.parallel(model, process, shard)
     for name, data in (("train", train), ("val", val)):        # computed once, with the first model
         data.reference = (saved["reference"][name].numpy() if saved else
                           log_probs_of(model, data, data.n, tok, autocast, process))
-    if lora_rank:
-        lora.add(model, lora_rank, lora_alpha, seed)
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory
-    forward = runtime.parallel(model, process)
     facts = runtime.announce(model, process, dtype_name, max_steps - start, 2 * batch_pairs,
                              2 * micro_batch, 2 * train.n, max(train.longest, val.longest))
     about = {"stage": "dpo", "shape": shape, "identity": identity,
@@ -254,7 +259,7 @@ def main():
             losses += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        grad_norm = runtime.clip_gradient(model, grad_clip)
         train_loss, stopping = runtime.total([losses, stop.code], process)
         if math.isfinite(grad_norm + train_loss):
             for optimizer in optimizers:
@@ -288,7 +293,7 @@ def main():
                      scaler=scaler.state_dict(), best=best, skipped=skipped,
                      reference=reference)
             meter.save(f"{out_dir}/run.json", facts)
-        if evaluating and process.is_main:     # after saving, as it may fail
+        if evaluating and process.is_main and not shard:       # after saving, as it may fail
             with meter.paused(), config.only_watching("samples"):
                 sample(model, tok, autocast, process)
         if stopping:

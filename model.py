@@ -245,6 +245,7 @@ def product_dtype(t):
 
 class Model(nn.Module):
     is_compiled = False            # by compile(): changes the memory of a training step
+    recompute = False              # keep only the blocks' inputs for the backward pass
     static_caches = False          # by compile_generation(): a CUDA graph writes to the same places
 
     def __init__(self, config):
@@ -320,9 +321,14 @@ class Model(nn.Module):
         h = h.to(product_dtype(h))             # the residual stream has the dtype of the products
         rope = rope.to(h.dtype)
         for i, block in enumerate(self.blocks):
+            inputs = h, rope, mask, caches[i] if caches else None, cu_seqlens
+            training = torch.is_grad_enabled()
             # compiled in training only: the shapes of generation change and would recompile it
-            run = block if torch.is_grad_enabled() else block.forward
-            h = run(h, rope, mask, caches[i] if caches else None, cu_seqlens)
+            run = block.forward if self.is_compiled and not training else block
+            if self.recompute and training:    # Chen et al. 2016, arXiv:1604.06174
+                h = checkpoint(run, *inputs, use_reentrant=False)
+            else:
+                h = run(*inputs)
         return self.norm(h)
 
     def logits(self, h, weight=None):
@@ -432,7 +438,8 @@ class Model(nn.Module):
         loss = n_logits * per_logit
         if self.head.weight.requires_grad:
             loss += c.vocab_size * c.dim * (4 + size)
-        return weights + c.n_layers * block + max(block, loss)
+        kept = rows * T * size * c.dim if self.recompute else block
+        return weights + c.n_layers * kept + max(block, loss)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from sharding import gathered, local, share
+
 MUON_BATCHES = 8               # of the matrices of one shape, at least: so many processes share the work evenly
 
 
@@ -39,15 +41,18 @@ class Muon(torch.optim.Optimizer):
                         work.wait()
                 for params, update in zip(turn, updates):
                     scale = 0.2 * math.sqrt(max(params[0].shape))
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                    torch._foreach_add_(params, update.to(params[0].dtype).unbind(), alpha=-group["lr"] * scale)
+                    weights = [local(p) for p in params]
+                    rows = [local(share(u, p)) for u, p in zip(update.to(weights[0].dtype), params)]
+                    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_add_(weights, rows, alpha=-group["lr"] * scale)
 
     def momentum(self, params, beta):
         """The Nesterov momentum of matrices of one shape, (n, rows, columns) in self.dtype; moves their buffers on."""
-        grads = [p.grad for p in params]
-        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        grads = [local(p.grad) for p in params]
+        buffers = [local(self.state[p].setdefault("momentum", torch.zeros_like(p))) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - beta)
-        return torch.stack(torch._foreach_lerp(grads, buffers, beta)).to(self.dtype)
+        updates = torch._foreach_lerp(grads, buffers, beta)
+        return torch.stack([gathered(u.to(self.dtype), p) for u, p in zip(updates, params)])
 
 
 def batches_by_shape(params):

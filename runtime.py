@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoints
 import config
+import sharding
 from model import IGNORE, Model
 
 OLDEST = "2.6"                 # the oldest PyTorch that the tests were run with
@@ -225,8 +226,31 @@ def check_equal(constants, process):
                          "shared folder)")
 
 
-def parallel(model, process):
-    """The model in DistributedDataParallel, with one process as it is; both have no_sync()."""
+def check_sharding(shard, compile, dtype, batch, process):
+    """SystemExit if this run cannot be sharded. batch: rows or pairs of the global batch."""
+    if shard not in sharding.MODES:
+        raise SystemExit(f"--shard={shard}: choose optimizer or full, or leave it empty")
+    if not shard:
+        return
+    n = process.world_size
+    if n == 1:
+        raise SystemExit(f"--shard={shard} shares a model among processes: start several with "
+                         "torchrun --nproc_per_node=")
+    if batch % n:
+        raise SystemExit(f"--shard={shard}: {n} processes cannot share a batch of {batch} evenly; "
+                         "choose a batch that they divide")
+    if dtype == "float16" or compile == "on":
+        raise SystemExit(f"--shard={shard} works with neither --dtype=float16 nor --compile=on")
+
+
+def parallel(model, process, shard=""):
+    """The model on its device, ready for several processes; the result has no_sync().
+
+    shard: see sharding.py. Otherwise DistributedDataParallel, or with one process the model itself.
+    """
+    if shard:
+        return sharding.shard(model, process, shard)
+    model.to(process.device)
     if process.world_size == 1:
         model.no_sync = nullcontext
         return model
@@ -502,6 +526,22 @@ def micro_batches(rows, micro_batch, process):
 # validation and progress
 
 @torch.no_grad()
+def even_rounds(n_rows, past_the_end, micro_batch, process):
+    """micro_batches() of the first n_rows rows, equally many in each process.
+
+    Where the processes do not divide the rows, some get the row past the end, which has no tokens:
+    processes that share a model must all run it equally often.
+    """
+    missing = np.full(-n_rows % process.world_size, past_the_end)
+    return micro_batches(np.concatenate((np.arange(n_rows), missing)), micro_batch, process)
+
+
+def clip_gradient(model, largest):
+    """Scale the gradient down to this norm where it is larger; returns the norm that it had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
 def evaluate(model, batches, token_bytes, autocast, process):
     """Mean loss in nats per token and in bits per byte of text, over the batches of all processes.
 

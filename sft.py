@@ -46,6 +46,8 @@ lora_rank      = 0                       # train updates of this rank only (lora
 lora_alpha     = 32.0                    # the updates count lora_alpha / lora_rank times
 seed           = 1337                    # of the order of the data and of LoRA's first updates
 # machine
+shard          = ""                      # optimizer | full: processes share weights and moments, sharding.py
+recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
 compile        = "auto"                  # auto (CUDA, long runs on CPUs) | on | off: torch.compile
@@ -122,7 +124,7 @@ def read_batch(data, rows, tok, device):
     starts = np.zeros(shape, dtype=bool)
     for b, row in enumerate(rows):
         at = 0
-        for i in data.rows[row]:
+        for i in data.rows[row] if row < len(data.rows) else ():
             example = slice(data.starts[i], data.starts[i + 1])
             ids, mask = data.tokens[example].astype(np.int64), data.mask[example]
             end = at + len(ids) - 1
@@ -190,26 +192,28 @@ def main():
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
     process = runtime.start(device, batch_rows, must_agree)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
+    runtime.check_sharding(shard, compile, dtype_name, batch_rows, process)
 
     model = Model.from_state(shape, pretrained.pop("model"))
-    model.to(process.device)
+    model.recompute = recompute
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
+    forward = runtime.parallel(model, process, shard)
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory
-    runtime.compiled(model, compile, process, max_steps * batch_tokens)
+    runtime.compiled(model, "off" if shard else compile, process, max_steps * batch_tokens)
     micro_batch = micro_batch or runtime.rows_that_fit(model, process, dtype_name, batch_rows,
                                                        max_seq_len)
     constants["micro_batch"] = micro_batch     # a resumed run then rounds as this one does
-    forward = runtime.parallel(model, process)
     facts = runtime.announce(model, process, dtype_name, max_steps - start, batch_rows, micro_batch,
                              n_rows, max_seq_len)
     about = {"stage": "sft", "shape": shape, "identity": identity,
              "constants": constants, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256}
     run = checkpoints.Run(out_dir, about, start, process)
     token_bytes = np.array([len(piece) for piece in tok.pieces])
-    val_rounds = runtime.micro_batches(np.arange(n_val_rows), micro_batch, process)
+    past_the_end = len(val.rows)                               # a row without tokens
+    val_rounds = runtime.even_rounds(n_val_rows, past_the_end, micro_batch, process)
     meter = runtime.Meter(start, max_steps, process)
     stop, stopping = runtime.StopRequest(), False
 
@@ -234,7 +238,7 @@ def main():
             nats += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        grad_norm = runtime.clip_gradient(model, grad_clip)
         nats, stopping = runtime.total([nats, stop.code], process)
         train_loss = nats / n_targets
         if math.isfinite(grad_norm + train_loss):
@@ -269,7 +273,7 @@ def main():
             run.save("last.pt", model, step, optimizers=[o.state_dict() for o in optimizers],
                      scaler=scaler.state_dict(), best=best, skipped=skipped)
             meter.save(f"{out_dir}/run.json", facts)
-        if evaluating and process.is_main:     # after saving, as it may fail
+        if evaluating and process.is_main and not shard:       # after saving, as it may fail
             with meter.paused(), config.only_watching("samples"):
                 sample(model, tok, autocast, process)
         if stopping:
