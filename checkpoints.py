@@ -336,6 +336,10 @@ class Run:
         self.file = open(path, "a", encoding="utf-8", newline="")
         self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
 
+    def refuse(self, step, reason):
+        raise SystemExit(f"step {step}: {reason}; nothing of it was saved: --resume goes on from "
+                         f"{self.out_dir}/last.pt, perhaps with a lower learning rate")
+
     def log(self, row):
         if self.is_main:
             with config.disk_space(self.file.name):
@@ -354,9 +358,7 @@ class Run:
         SystemExit, on every process, if a weight is no longer finite.
         """
         if not all(is_finite(w.detach()) for w in model.parameters()):
-            raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was "
-                             f"saved: --resume goes on from {self.out_dir}/last.pt, with a lower "
-                             "learning rate for instance")
+            self.refuse(step, "the weights are no longer finite")
         self.flush()                                          # the log is never behind a checkpoint
         state = sharding.whole({"model": model.state_dict(), **more})
         if self.is_main:

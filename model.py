@@ -99,21 +99,26 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H, K, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
-        self.head_dim = D
-        self.wq = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.wk = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.wv = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.wo = nn.Linear(H * D, C, bias=False)
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.head_dim = config.head_dim
+        C, bias = config.dim, config.qkv_bias
+        query = config.n_heads * config.head_dim
+        key = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(C, query, bias)
+        self.wk = nn.Linear(C, key, bias)
+        self.wv = nn.Linear(C, key, bias)
+        self.wo = nn.Linear(query, C, bias=False)
+        norm = RMSNorm if config.qk_norm else nn.Identity      # which ignores its arguments
+        self.q_norm = norm(config.head_dim, config.norm_eps)
+        self.k_norm = norm(config.head_dim, config.norm_eps)
 
     def forward(self, x, rope, mask=None, cache=None, cu_seqlens=None):
         B, T, C = x.shape
-        q = self.q_norm(self.wq(x).view(B, T, -1, self.head_dim))              # (B, T, H, D)
-        k = self.k_norm(self.wk(x).view(B, T, -1, self.head_dim))              # (B, T, K, D)
-        v = self.wv(x).view(B, T, -1, self.head_dim)                           # (B, T, K, D)
-        q, k = rotate(q, rope), rotate(k, rope)
+        heads = B, T, -1, self.head_dim
+        q = self.q_norm(self.wq(x).view(heads))                                # (B, T, H, D)
+        k = self.k_norm(self.wk(x).view(heads))                                # (B, T, K, D)
+        v = self.wv(x).view(heads)                                             # (B, T, K, D)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
         if cache is not None:
             k, v = remember(k, v, *cache, mask.shape[-1])                      # (B, S, K, D)
         if cu_seqlens is None:
@@ -128,12 +133,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        C, hidden = config.dim, config.hidden_dim
+        self.w1 = nn.Linear(C, hidden, bias=False)
+        self.w3 = nn.Linear(C, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, C, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate = F.silu(self.w1(x))                                              # (B, T, hidden_dim)
+        return self.w2(gate * self.w3(x))                                      # (B, T, C)
 
 
 class Block(nn.Module):
@@ -145,7 +152,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x, rope, mask=None, cache=None, cu_seqlens=None):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, cu_seqlens)
+        h = self.attention_norm(x)
+        x = x + self.attention(h, rope, mask, cache, cu_seqlens)               # (B, T, C)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -185,8 +193,9 @@ def rotate(x, rope):
     x (B, T, heads, D), rope (2, [B,] T, 1, D).
     """
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((b, a), dim=-1) * sin
+    a, b = x.chunk(2, dim=-1)                                                  # (B, T, heads, D/2)
+    swapped = torch.cat((b, a), dim=-1)
+    return x * cos + swapped * sin
 
 
 def attend(q, k, v, mask=None):
@@ -194,11 +203,14 @@ def attend(q, k, v, mask=None):
 
     mask: bool (B, 1, T, S), True where a query may look; None: causal.
     """
-    causal = mask is None and q.shape[1] > 1
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                           # (B, heads, T, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                       enable_gqa=grouped)
+    q = q.transpose(1, 2)                                                      # (B, H, T, D)
+    k = k.transpose(1, 2)                                                      # (B, K, S, D)
+    v = v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        q, k, v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
@@ -207,7 +219,9 @@ def attend_packed(q, k, v, cu_seqlens):
     T = q.shape[1]                             # no document is longer
     options = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     y = varlen_attn(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
+        q.flatten(0, 1),                                                       # (B * T, H, D)
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         cu_seqlens, cu_seqlens, T, T,
         window_size=(-1, 0),                   # all that is earlier, nothing that is later
         **options)
@@ -219,11 +233,12 @@ def document_mask(cu_seqlens, shape):
 
     A query sees what is earlier in its own document. shape: (B, T).
     """
-    B, T = shape
-    starts = torch.zeros(B * T, dtype=torch.int32, device=cu_seqlens.device)
-    starts = starts.index_fill(0, cu_seqlens[:-1].long(), 1)
-    document = starts.cumsum(0).view(B, T)                     # the number of each token's document
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+    starts = torch.zeros(shape, dtype=torch.int32, device=cu_seqlens.device)
+    starts.view(-1)[cu_seqlens[:-1].long()] = 1
+    document = starts.view(-1).cumsum(0).view(shape)           # the number of each token's document
+    queries = document[:, None, :, None]                                       # (B, 1, T, 1)
+    keys = document[:, None, None, :]                                          # (B, 1, 1, T)
+    return (queries == keys).tril()
 
 
 def has_flash_attention(device):
@@ -320,15 +335,15 @@ class Model(nn.Module):
         h = self.embedding(x)                                                  # (B, T, C)
         h = h.to(product_dtype(h))             # the residual stream has the dtype of the products
         rope = rope.to(h.dtype)
-        for i, block in enumerate(self.blocks):
-            inputs = h, rope, mask, caches[i] if caches else None, cu_seqlens
-            training = torch.is_grad_enabled()
+        caches = caches or [None] * len(self.blocks)
+        training = torch.is_grad_enabled()
+        for block, cache in zip(self.blocks, caches):
             # compiled in training only: the shapes of generation change and would recompile it
             run = block.forward if self.is_compiled and not training else block
             if self.recompute and training:    # Chen et al. 2016, arXiv:1604.06174
-                h = checkpoint(run, *inputs, use_reentrant=False)
+                h = checkpoint(run, h, rope, mask, cache, cu_seqlens, use_reentrant=False)
             else:
-                h = run(*inputs)
+                h = run(h, rope, mask, cache, cu_seqlens)
         return self.norm(h)
 
     def logits(self, h, weight=None):
@@ -348,7 +363,10 @@ class Model(nn.Module):
         rows = loss_rows(h.device, self.config.vocab_size)
         if torch.is_grad_enabled():
             return ChunkedLoss.apply(h, weight, y, rows, self.nats)
-        return sum(self.nats(hs, weight, ys) for hs, ys in zip(h.split(rows), y.split(rows)))
+        total = 0.0
+        for hs, ys in zip(h.split(rows), y.split(rows)):
+            total += self.nats(hs, weight, ys)
+        return total
 
     def nats(self, h, weight, y):
         """Sum of the cross-entropies, float32 (), of hidden states (n, C) and targets (n,)."""
@@ -410,9 +428,10 @@ class Model(nn.Module):
         causal row has seq_len / 2 on average.
         """
         c = self.config
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
-        products = 6 * (matrices + c.vocab_size * c.dim)
-        return products + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len // 2
+        matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
+        weights = sum(p.numel() for p in matrices) + c.vocab_size * c.dim
+        attended = c.n_layers * c.n_heads * c.head_dim * seq_len // 2
+        return 6 * weights + 12 * attended
 
     def bytes_to_train(self, rows, T, dtype):
         """Estimate of the peak memory, in bytes, of a training step with `rows` rows of T tokens.
@@ -423,22 +442,27 @@ class Model(nn.Module):
         were measured, see the test.
         """
         c, size = self.config, dtype.itemsize
-        is_half = size < 4
-        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        weights = self.n_params() * (4 + size * is_half) + n_trained * 12
+        heads = (c.n_heads + c.n_kv_heads) * c.head_dim
         if self.is_compiled:
-            factors, per_logit = (4, 3, 2), 2 * size
-        else:                                  # the norms keep float32 copies of half precision
-            factors, per_logit = (8, 7, 4) if is_half else (4, 5, 4), 12
-        widths = c.dim, (c.n_heads + c.n_kv_heads) * c.head_dim, c.hidden_dim
-        block = rows * T * size * sum(n * width for n, width in zip(factors, widths))
-        if not self.has_packed_attention(dtype):               # attention keeps a mask of numbers
-            block += rows * T * T * size
-        n_logits = c.vocab_size * min(rows * T, loss_rows(self.norm.weight.device, c.vocab_size))
-        loss = n_logits * per_logit
+            numbers = 4 * c.dim + 3 * heads + 2 * c.hidden_dim
+            per_logit = 2 * size
+        else:
+            numbers = 4 * c.dim + 5 * heads + 4 * c.hidden_dim
+            per_logit = 12
+        if size < 4 and not self.is_compiled:  # the norms keep copies in float32
+            numbers += 4 * c.dim + 2 * heads
+        if not self.has_packed_attention(dtype):
+            numbers += T                       # attention keeps the mask in this dtype
+        block = rows * T * numbers * size
+        chunk = min(rows * T, loss_rows(self.norm.weight.device, c.vocab_size))
+        loss = c.vocab_size * chunk * per_logit
         if self.head.weight.requires_grad:
             loss += c.vocab_size * c.dim * (4 + size)
-        kept = rows * T * size * c.dim if self.recompute else block
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        weights = 4 * self.n_params() + 12 * trained
+        if size < 4:                           # copies in half precision
+            weights += size * self.n_params()
+        kept = rows * T * c.dim * size if self.recompute else block
         return weights + c.n_layers * kept + max(block, loss)
 
 
@@ -509,21 +533,23 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         raise ValueError(f"prompts of {min(lengths)} to {longest} tokens; each needs at least 1 "
                          f"and fewer than max_seq_len ({config.max_seq_len})")
     # shorter prompts are padded on the left: all sequences then write to the same place
+    B = len(prompts)
     pads = [longest - n for n in lengths]
-    x = [[pad_id] * n + list(prompt) for n, prompt in zip(pads, prompts)]
-    x = torch.tensor(x, device=device)                                         # (B, T)
     pad = torch.tensor(pads, device=device)                                    # (B,)
-    seen = torch.zeros(len(x), config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts):
-        row[list(prompt)] = True
+    x = torch.full((B, longest), pad_id, device=device)                        # (B, T)
+    seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)
+    for b, prompt in enumerate(prompts):
+        x[b, pads[b]:] = torch.tensor(prompt)
+        seen[b, x[b, pads[b]:]] = True
     ends = [config.max_seq_len + n for n in pads]              # where the context of each is full
     size = min(max(ends), longest + max_new_tokens)
-    caches = empty_caches(model, len(x), size)
+    caches = empty_caches(model, B, size)
     places = torch.arange(size, device=device)
     slots = places[:longest]                                   # where the keys and values of x go
-    alive = [True] * len(x)
+    alive = [True] * B
     for length in range(longest, size):
-        visible = places[:CACHE_STEP * math.ceil(length / CACHE_STEP)]
+        n_visible = CACHE_STEP * math.ceil(length / CACHE_STEP)
+        visible = places[:n_visible]
         mask = cache_mask(visible, slots, pad)                                 # (B, 1, T, S)
         positions = (slots - pad[:, None]).clamp(0, config.max_seq_len - 1)    # (B, T)
         read = model.next_logits if length == longest else model.decode
@@ -577,8 +603,10 @@ def cache_mask(visible, slots, pad):
     would be NaN.
     """
     is_text = visible >= pad[:, None, None]                                    # (B, 1, S)
-    mask = (visible <= slots[:, None]) & is_text                               # (B, T, S)
-    return (mask | (visible == slots[:, None]))[:, None]
+    slots = slots[:, None]                                                     # (T, 1)
+    mask = (visible <= slots) & is_text                                        # (B, T, S)
+    mask = mask | (visible == slots)
+    return mask[:, None]
 
 
 def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generator):
@@ -589,21 +617,24 @@ def choose(logits, seen, temperature, top_k, top_p, repetition_penalty, generato
     whose probabilities reach top_p.
     """
     if repetition_penalty != 1.0:
-        punished = torch.where(logits > 0, logits / repetition_penalty,
-                               logits * repetition_penalty)
-        logits = torch.where(seen, punished, logits)
+        lower = logits / repetition_penalty
+        lower = torch.where(logits > 0, lower, logits * repetition_penalty)
+        logits = torch.where(seen, lower, logits)
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k:
-        last = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]        # (B, 1)
+        k = min(top_k, logits.shape[-1])
+        last = logits.topk(k).values[:, -1:]                                   # (B, 1)
         logits = logits.masked_fill(logits < last, -math.inf)
     p = logits.softmax(-1)                                                     # (B, V)
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator)
     p, order = likeliest(p, top_p)                                             # (B, k), falling
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
-    return order.gather(1, torch.multinomial(p, 1, generator=generator))
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= top_p, 0.0)
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return order.gather(1, drawn)
 
 
 def likeliest(p, top_p):

@@ -167,8 +167,10 @@ def ending_together():
         yield
     except SystemExit as stopped:
         if WORLD_SIZE > 1 and stopped.code and not dist.is_initialized():
+            is_sentence = isinstance(stopped.code, str)
             with suppress(dist.DistError):                     # the others may have ended, too
-                message_store().set(f"process {RANK}", str(stopped.code))
+                message_store().set(f"process {RANK}",
+                                    stopped.code if is_sentence else "it was stopped")
                 everyone = [f"process {other}" for other in range(WORLD_SIZE)]
                 message_store().wait(everyone, timedelta(minutes=1))
         raise

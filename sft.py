@@ -247,9 +247,7 @@ def main():
         elif scaler.is_enabled() and scaler.get_scale() > 2**-64:
             skipped += 1                       # float16 overflowed: the scaler halves its scale
         else:
-            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm "
-                             f"{grad_norm}; nothing of it was saved: --resume goes on from "
-                             f"{out_dir}/last.pt, perhaps with a lower learning rate")
+            run.refuse(step, f"the loss is {train_loss}, the gradient's norm {grad_norm}")
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

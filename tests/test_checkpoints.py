@@ -161,7 +161,7 @@ def edit(**changes):
 @pytest.mark.parametrize("harm", [
     edit(train={}), edit(train=None), edit(train={"documents": 1, "tokens": -1, "bytes": 1}), edit(val=[]),
     edit(train={"documents": 1, "tokens": True, "bytes": 1}), edit(tokenizer_sha256=None), edit(tokenizer=None),
-    edit(format="1"), edit(crc32=7), edit(corpora=[]), edit(corpora={"a": 3}), edit(corpora={"a": {"tokens": "x"}}),
+    edit(format="1"), edit(crc32=7), edit(dtype="int64"), edit(dtype=None), edit(corpora=[]), edit(corpora={"a": 3}), edit(corpora={"a": {"tokens": "x"}}),
     lambda text: "[" * 100_000, lambda text: '{"a":' * 100_000, lambda text: "null", lambda text: "\x00", lambda text: ""])
 def test_a_meta_json_with_anything_in_it_is_refused(tok, pretrain_dir, tmp_path, harm):
     path = tmp_path / "meta.json"

@@ -88,9 +88,10 @@ def test_the_estimate_of_memory_is_right_within_15_percent(dim, n_layers, T, row
     x, y, starts = (t.cuda() for t in batch(rows, T, 16_384))
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
-        with autocast:
-            loss = model(x, y, starts)
-        (loss / x.numel()).backward()
+        for _ in range(2):                     # gradients of a first round are there in the second
+            with autocast:
+                loss = model(x, y, starts)
+            (loss / x.numel()).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,5 @@
 """model.py against transformers, torch's own functions, and loops that compute the same the long way."""
+import itertools
 import math
 from dataclasses import fields
 
@@ -107,6 +108,52 @@ def test_flops_are_those_that_torch_counts(options):
         model(rows(B, T), rows(B, T)).backward()
     c = model.config  # torch counts all T x T scores: the causal half that flops_per_token leaves out comes on top
     assert counter.get_total_flops() == B * T * (model.flops_per_token(T) + 6 * c.n_layers * c.n_heads * c.head_dim * T)
+
+
+@pytest.mark.parametrize("options", [dict(tie_embeddings=False), dict(qkv_bias=True, qk_norm=True)])
+def test_initial_weights_have_the_deviation_of_gpt2(options):
+    """0.02, and for what is added to the residual stream 0.02 / sqrt(2 n_layers)."""
+    torch.manual_seed(0)
+    model = Model(ModelConfig(2000, dim=64, n_layers=8, n_heads=4, **options))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name))), name
+            continue
+        is_residual = name.endswith(("attention.wo.weight", "ffn.w2.weight"))
+        expected = 0.02 / 4 if is_residual else 0.02
+        assert p.std().item() == pytest.approx(expected, rel=0.04) and abs(p.mean().item()) < 0.05 * expected, name
+
+
+def peak_of_a_step(model, rows, T, dtype):
+    """Bytes at the peak of a step of two rounds with its update, as the profiler sees them allocated."""
+    optimizers = make_optimizers(model, 1e-3, 1e-3, 0.1, str(dtype).removeprefix("torch."))
+    x, y = (torch.randint(model.config.vocab_size, (rows, T)) for _ in range(2))
+    starts = torch.arange(0, rows * T + 1, T // 4, dtype=torch.int32)
+
+    def step():
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(x, y, starts)
+            (loss / x.numel()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    step()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    kept = [*model.parameters(), *(t for o in optimizers for state in o.state.values() for t in state.values())]
+    return sum(t.numel() * t.element_size() for t in kept) + max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V, dim, n_layers, T, rows", [(1000, 256, 4, 128, 4), (8192, 128, 2, 256, 4)])
+def test_the_estimate_of_memory_is_right_within_15_percent(V, dim, n_layers, T, rows, dtype):
+    """The first is mostly weights and blocks, the second mostly the loss; without the moments, a quarter is missing."""
+    model = Model(ModelConfig(V, dim, n_layers, 2, max_seq_len=T, qk_norm=True))
+    estimate = model.bytes_to_train(rows, T, dtype)
+    assert peak_of_a_step(model, rows, T, dtype) == pytest.approx(estimate, rel=0.15)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------
