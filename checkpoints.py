@@ -293,8 +293,9 @@ def restore(saved, model, optimizers, scaler):
         groups = [dict(group) for group in optimizer.param_groups]
         parameters = [p for group in groups for p in group["params"]]
         try:
-            shares = {i: {name: sharding.share(moment, parameters[i]) for name, moment in of.items()}
-                      for i, of in state["state"].items()}
+            shares = {i: {name: sharding.share(moment, parameters[i])
+                          for name, moment in moments.items()}
+                      for i, moments in state["state"].items()}
             optimizer.load_state_dict({**state, "state": shares})
             fits = all(v.shape in (p.shape, ()) and is_finite(v)
                        for p, moments in optimizer.state.items() for v in moments.values())

@@ -30,15 +30,16 @@ out_dir        = "out/pretrain"          # last.pt, best.pt, log.csv, curve.png
 resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
 overwrite      = False                   # start anew although out_dir holds a run
 init_from      = ""                      # start from the weights of this checkpoint; empty: anew
-# model; the defaults are 34 M parameters with a vocabulary of 16,384; init_from replaces all of it
-# but max_seq_len
+# model; the defaults are 34 M parameters with a vocabulary of 16,384; init_from brings its own
+# shape, in which max_seq_len, and for a longer context rope_theta or rope_factor, may change
 dim            = 512                     # width
 n_layers       = 8                       # depth
 n_heads        = 4                       # query heads; must divide dim; heads of 128 learn fastest
 n_kv_heads     = 0                       # key/value heads; 0: n_heads; fewer: a smaller KV cache
 hidden_dim     = 0                       # width of the feed-forward layers; 0: 8/3 dim
 max_seq_len    = 512                     # tokens of a row, the longest context the model learns
-rope_theta     = 10000.0                 # base of the rotary frequencies
+rope_theta     = 0.0                     # base of the rotary frequencies; 0: 10,000, or init_from's
+rope_factor    = 1.0                     # above 1: stretch positions, see continued()
 tie_embeddings = True                    # one matrix embeds and scores the tokens
 qk_norm        = True                    # RMSNorm on queries and keys (Qwen3): calmer training
 mask_documents = True                    # documents packed into one row do not see each other
@@ -55,7 +56,7 @@ weight_decay   = 0.1                     # on matrices only
 grad_clip      = 1.0                     # clip the gradient's norm to this; 0: off
 seed           = 1337                    # of the initial weights and the order of the data
 # machine
-shard          = ""                      # optimizer | full: processes share weights and moments, sharding.py
+shard          = ""                      # optimizer | full: processes share the model, see sharding.py
 recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -90,6 +91,28 @@ def read_batch(data, rows, tok, device):
     if mask_documents:
         cu_seqlens = np.append(np.flatnonzero(starts), x.size).astype(np.int32)
     return [runtime.to_device(a, device) for a in (x, y, cu_seqlens)]
+
+
+def continued(shape):
+    """The ModelConfig of init_from, with a longer context if max_seq_len asks for one.
+
+    Beyond its context a model meets angles between positions that it has not learnt. Two ways make
+    them known ones: a larger rope_theta slows all frequencies, the low ones most (Xiong et al.
+    2023, arXiv:2309.16039); rope_factor interpolates positions, but for the high frequencies,
+    which tell neighbours apart (Chen et al. 2023, arXiv:2306.15595, with the ramp of Llama 3).
+    """
+    shape, context = dict(shape), shape["max_seq_len"]
+    if rope_theta:
+        shape["rope_theta"] = rope_theta
+    if rope_factor > 1:
+        shape["rope_scaling"] = dict(factor=rope_factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                                     original_max_position_embeddings=context)
+    if max_seq_len > context:
+        if not rope_theta and rope_factor <= 1:
+            raise ValueError(f"the model of {init_from} reads {context} tokens at most; for "
+                             f"--max_seq_len={max_seq_len} raise --rope_theta= or --rope_factor=")
+        shape["max_seq_len"] = max_seq_len
+    return ModelConfig(**shape)
 
 
 def schedule(step):
@@ -139,14 +162,11 @@ def main():
         raise SystemExit(f"{init_from} was trained with {pretrained['tokenizer']}, which is not "
                          f"{tokenizer}")
     try:
-        shape = ModelConfig(**pretrained["shape"]) if pretrained else ModelConfig(
+        shape = continued(pretrained["shape"]) if pretrained else ModelConfig(
             tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len,
-            rope_theta, tie_embeddings=tie_embeddings, qk_norm=qk_norm)
+            rope_theta or 10_000.0, tie_embeddings=tie_embeddings, qk_norm=qk_norm)
     except ValueError as error:
         raise SystemExit(f"pretrain.py: {error}") from None
-    if max_seq_len > shape.max_seq_len:
-        raise SystemExit(f"--max_seq_len={max_seq_len}: the model of {init_from} reads "
-                         f"{shape.max_seq_len} at most")
     identity = {**vars(shape), "max_seq_len": max_seq_len, "tokenizer": tok.sha256,
                 "rows": n_rows, "data": checkpoints.data_hash(meta), "batch_tokens": batch_tokens,
                 "seed": seed}

@@ -243,6 +243,7 @@ def check_sharding(shard, compile, dtype, batch, process):
                          "choose a batch that they divide")
     if dtype == "float16" or compile == "on":
         raise SystemExit(f"--shard={shard} works with neither --dtype=float16 nor --compile=on")
+    process.print(f"--shard={shard}: no samples are drawn and nothing is compiled")
 
 
 def parallel(model, process, shard=""):
