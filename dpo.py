@@ -217,7 +217,7 @@ def main():
     model.recompute = recompute
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
-    forward = runtime.parallel(model, process, shard)
+    forward = runtime.parallel(model, process, shard, dtype_name)
     for name, data in (("train", train), ("val", val)):        # computed once, with the first model
         data.reference = (saved["reference"][name].numpy() if saved else
                           log_probs_of(model, data, data.n, tok, autocast, process))

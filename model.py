@@ -261,6 +261,8 @@ def product_dtype(t):
 class Model(nn.Module):
     is_compiled = False            # by compile(): changes the memory of a training step
     recompute = False              # keep only the blocks' inputs for the backward pass
+    shares = 1                     # processes that share the weights, see sharding.py
+    keeps_weights = True           # all weights are there during a step, not a block's at a time
     static_caches = False          # by compile_generation(): a CUDA graph writes to the same places
 
     def __init__(self, config):
@@ -439,7 +441,8 @@ class Model(nn.Module):
         Float32 weights; of those that are trained the gradients (DDP's buckets are the gradients)
         and two moments; the weights in the dtype of the products; what each block keeps for the
         backward pass; and on top the larger of a block's backward pass and the loss. The factors
-        were measured, see the test.
+        were measured, see the test. Where processes share the model, each gathers the weights of
+        two blocks at a time, or all of them.
         """
         c, size = self.config, dtype.itemsize
         heads = (c.n_heads + c.n_kv_heads) * c.head_dim
@@ -459,9 +462,12 @@ class Model(nn.Module):
         if self.head.weight.requires_grad:
             loss += c.vocab_size * c.dim * (4 + size)
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        weights = 4 * self.n_params() + 12 * trained
-        if size < 4:                           # copies in half precision
-            weights += size * self.n_params()
+        weights = (4 * self.n_params() + 12 * trained) / self.shares
+        if size < 4 or self.shares > 1:        # copies for the products
+            in_blocks = sum(p.numel() for p in self.blocks.parameters())
+            two_blocks = min(in_blocks, 2 * in_blocks // c.n_layers)
+            at_once = in_blocks if self.keeps_weights else two_blocks
+            weights += size * (self.n_params() - in_blocks + at_once)
         kept = rows * T * c.dim * size if self.recompute else block
         return weights + c.n_layers * kept + max(block, loss)
 

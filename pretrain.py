@@ -182,7 +182,7 @@ def main():
     else:
         model = Model(shape)
     model.recompute = recompute
-    forward = runtime.parallel(model, process, shard)
+    forward = runtime.parallel(model, process, shard, dtype_name)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory

@@ -246,13 +246,13 @@ def check_sharding(shard, compile, dtype, batch, process):
     process.print(f"--shard={shard}: no samples are drawn and nothing is compiled")
 
 
-def parallel(model, process, shard=""):
+def parallel(model, process, shard, dtype):
     """The model on its device, ready for several processes; the result has no_sync().
 
     shard: see sharding.py. Otherwise DistributedDataParallel, or with one process the model itself.
     """
     if shard:
-        return sharding.shard(model, process, shard)
+        return sharding.shard(model, process, shard, DTYPES[dtype])
     model.to(process.device)
     if process.world_size == 1:
         model.no_sync = nullcontext
@@ -392,7 +392,7 @@ def rows_that_fit(model, process, dtype, batch_rows, T):
     if process.device.type != "cuda":
         return 16
     free, _ = torch.cuda.mem_get_info(process.device)
-    weights = 4 * model.n_params()             # these are there already
+    weights = 4 * model.n_params() / model.shares              # these are there already
     rows, share = 1, batch_rows / process.world_size
     while rows < share and (model.bytes_to_train(2 * rows, T, DTYPES[dtype]) - weights
                             < 0.9 * free):

@@ -198,7 +198,7 @@ def main():
     model.recompute = recompute
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
-    forward = runtime.parallel(model, process, shard)
+    forward = runtime.parallel(model, process, shard, dtype_name)
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory

@@ -10,19 +10,26 @@ Checkpoints are the same with and without: whole() gathers to save, share() cuts
 """
 from contextlib import nullcontext
 
+import torch
 import torch.distributed as dist
 
 MODES = "", "optimizer", "full"
 
 
-def shard(model, process, mode):
-    """Cut the parameters of the model into shares and move this process's to its device."""
+def shard(model, process, mode, dtype):
+    """Cut the parameters of the model into shares and move this process's to its device.
+
+    dtype: of the matrix products; the weights are gathered in it.
+    """
     from torch.distributed.device_mesh import init_device_mesh         # slow to import, so here
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(process.device.type, (process.world_size,))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=mode == "full")
+        fully_shard(module, mesh=mesh, mp_policy=precision,
+                    reshard_after_forward=mode == "full")
     model.to(process.device)                   # the buffers
+    model.shares, model.keeps_weights = process.world_size, mode == "optimizer"
     # gradients are exchanged in every round, so that no process ever holds all of them
     model.no_sync = nullcontext
     return model

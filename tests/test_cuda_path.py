@@ -220,7 +220,7 @@ rank = dist.get_rank()
 process = runtime.Process(rank, rank, 2, torch.device("cpu"))
 model, alone = path.network(), path.network()
 model.compile()
-forward = runtime.parallel(model, process)
+forward = runtime.parallel(model, process, "", "float32")
 alone.has_packed_attention = lambda dtype: False
 optimizers = make_optimizers(model, 1e-3, 1e-3, 0.1, "bfloat16")
 for step in range(3):
