@@ -406,7 +406,7 @@ def test_muon_is_the_naive_one_on_each_matrix(monkeypatch, batches):
     start = [torch.randn(shape, generator=random) for shape in ((8, 20), (20, 8), (8, 20), (12, 12), (20, 8))]
     gradients = [[torch.randn(p.shape, generator=random) for _ in range(4)] for p in start]
     params = [torch.nn.Parameter(p.clone()) for p in start]
-    optimizer = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.3)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.3)                   # momentum: the default
     for step in range(4):
         for p, g in zip(params, gradients):
             p.grad = g[step].clone()
