@@ -256,6 +256,14 @@ def test_a_compiled_step_generates_the_same_beyond_the_first_places_of_the_cache
     assert len(set(calls)) >= 3 and len(calls) == max(map(len, expected)) - 1
 
 
+def test_the_caches_of_a_cuda_graph_are_marked_as_static():
+    """Without the mark CUDA graphs are skipped, as the step writes to its inputs."""
+    model = tiny()
+    for model.static_caches in (False, True):
+        marks = [hasattr(t, "_dynamo_static_input_type") for cache in models.empty_caches(model, 1, 4) for t in cache]
+        assert marks == [model.static_caches] * 2 * TINY["n_layers"]
+
+
 OTHER = dict(vocab_size=98, dim=64, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=12, hidden_dim=64, max_seq_len=48,
              rope_theta=100.0, norm_eps=0.5, tie_embeddings=False, qk_norm=True, qkv_bias=True,
              rope_scaling=dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
