@@ -71,6 +71,20 @@ def test_logits_are_those_of_transformers(kind, options, tied):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_frequencies_of_llama3_are_those_of_its_rule():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
+    table = models.rope_table(ModelConfig(97, dim=128, n_heads=2, max_seq_len=4, rope_theta=5e5, rope_scaling=scaling))
+    expected = []
+    for i in range(0, 64, 2):
+        f = 5e5 ** (-i / 64)
+        turns = 256 * f / (2 * math.pi)        # in the original context
+        smooth = (turns - 1) / 3
+        expected.append(f if turns > 4 else f / 8 if turns < 1 else (1 - smooth) * f / 8 + smooth * f)
+    assert len({f / 5e5 ** (-i / 64) for i, f in zip(range(0, 64, 2), expected)}) > 3       # all three cases
+    torch.testing.assert_close(table[0, 1, 0, :32], torch.tensor(expected).cos())
+    torch.testing.assert_close(table[1, 1, 0, 32:], torch.tensor(expected).sin())
+
+
 def test_packed_documents_do_not_see_each_other():
     model, x = tiny(qk_norm=True), rows(3, 20)
     starts = torch.tensor([0, 7, 8, 20, 40, 41, 59, 60], dtype=torch.int32)   # one token alone, a whole row, last token
@@ -209,6 +223,25 @@ def test_loss_and_gradients_in_bfloat16_stay_close_to_float32():
     for name, expected in expected_gradients.items():
         assert gradients[name].dtype == torch.float32
         assert (gradients[name] - expected).norm() < 0.1 * expected.norm(), name
+
+
+def test_many_chunks_in_bfloat16_add_up_in_float32():
+    """A sum in bfloat16 would be wrong by 2 per cent."""
+    model, random = tiny(), torch.Generator().manual_seed(8)
+    h, w = torch.randn(2000, 32, generator=random).bfloat16(), torch.randn(97, 32, generator=random).bfloat16()
+    y = torch.randint(5, (2000,), generator=random)
+    expected = w.float().requires_grad_()
+    F.cross_entropy(h.float() @ expected.T, y, reduction="sum").backward()
+    w.requires_grad_()
+    models.ChunkedLoss.apply(h, w, y, 1, model.nats).backward()
+    assert (w.grad.float() - expected.grad).norm() < 0.01 * expected.grad.norm()
+
+
+@pytest.mark.parametrize("device, numbers, rows", [("cpu", 2 ** 23, 256), ("cuda", 2 ** 26, 512)])
+@pytest.mark.parametrize("V", [400, 4096, 16_384, 65_536, 151_936])
+def test_the_logits_at_a_time_are_bounded_for_any_vocabulary(device, numbers, rows, V):
+    n = models.loss_rows(torch.device(device), V)
+    assert rows <= n and n * V <= max(numbers, rows * V)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------
@@ -355,6 +388,14 @@ def test_draws_follow_the_naive_distribution(temperature, top_k, top_p):
     assert {i for i, count in enumerate(counts) if count} <= set(expected)
     for i, p in expected.items():
         assert abs(counts[i] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-6, (i, p, counts[i] / n)
+
+
+def test_top_p_takes_more_than_the_few_likeliest_tokens_where_they_do_not_reach_it():
+    logits, n = torch.linspace(0, 0.1, 2000), 4000
+    drawn = choose(logits.expand(n, -1), torch.zeros(n, 2000, dtype=torch.bool), 1.0, 0, 0.9, 1.0,
+                   torch.Generator().manual_seed(4))
+    kept = len(naive_distribution(logits.tolist(), 1.0, 0, 0.9))
+    assert 2000 - kept <= drawn.min() < 2000 - kept + 20 and drawn.max() > 1980
 
 
 def test_the_repetition_penalty_is_that_of_transformers():
