@@ -191,6 +191,15 @@ def test_a_flipped_bit_in_the_bins_is_refused(tok, tmp_path, name, dtype):
         assert name in refused(checkpoints.open_bin, str(path), dtype, length, meta, "prepare_sft.py")
 
 
+def test_the_checksum_and_the_range_are_those_of_the_whole_of_a_long_file(tmp_path):
+    data, path = np.zeros((1 << 24) + 5, dtype="u1"), str(tmp_path / "train.bin")
+    data[[3, -1]] = 1, 9
+    data.tofile(path)
+    meta = {"crc32": {"train.bin": zlib.crc32(data)}}
+    assert len(checkpoints.open_bin(path, "u1", len(data), meta, "prepare_sft.py", 10)) == len(data)
+    assert "holds 9" in refused(checkpoints.open_bin, path, "u1", len(data), meta, "prepare_sft.py", 9)
+
+
 def examples(folder, tok):
     meta = checkpoints.read_meta(f"{folder}/meta.json", tok, "prepare_sft.py")
     with pytest.MonkeyPatch.context() as patch:

@@ -71,6 +71,20 @@ def test_logits_are_those_of_transformers(kind, options, tied):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_frequencies_of_llama3_are_those_of_its_rule():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
+    table = models.rope_table(ModelConfig(97, dim=128, n_heads=2, max_seq_len=4, rope_theta=5e5, rope_scaling=scaling))
+    expected = []
+    for i in range(0, 64, 2):
+        f = 5e5 ** (-i / 64)
+        turns = 256 * f / (2 * math.pi)        # in the original context
+        smooth = (turns - 1) / 3
+        expected.append(f if turns > 4 else f / 8 if turns < 1 else (1 - smooth) * f / 8 + smooth * f)
+    assert len({f / 5e5 ** (-i / 64) for i, f in zip(range(0, 64, 2), expected)}) > 3       # all three cases
+    torch.testing.assert_close(table[0, 1, 0, :32], torch.tensor(expected).cos())
+    torch.testing.assert_close(table[1, 1, 0, 32:], torch.tensor(expected).sin())
+
+
 def test_packed_documents_do_not_see_each_other():
     model, x = tiny(qk_norm=True), rows(3, 20)
     starts = torch.tensor([0, 7, 8, 20, 40, 41, 59, 60], dtype=torch.int32)   # one token alone, a whole row, last token
@@ -211,6 +225,25 @@ def test_loss_and_gradients_in_bfloat16_stay_close_to_float32():
         assert (gradients[name] - expected).norm() < 0.1 * expected.norm(), name
 
 
+def test_many_chunks_in_bfloat16_add_up_in_float32():
+    """A sum in bfloat16 would be wrong by 2 per cent."""
+    model, random = tiny(), torch.Generator().manual_seed(8)
+    h, w = torch.randn(2000, 32, generator=random).bfloat16(), torch.randn(97, 32, generator=random).bfloat16()
+    y = torch.randint(5, (2000,), generator=random)
+    expected = w.float().requires_grad_()
+    F.cross_entropy(h.float() @ expected.T, y, reduction="sum").backward()
+    w.requires_grad_()
+    models.ChunkedLoss.apply(h, w, y, 1, model.nats).backward()
+    assert (w.grad.float() - expected.grad).norm() < 0.01 * expected.grad.norm()
+
+
+@pytest.mark.parametrize("device, numbers, rows", [("cpu", 2 ** 23, 256), ("cuda", 2 ** 26, 512)])
+@pytest.mark.parametrize("V", [400, 4096, 16_384, 65_536, 151_936])
+def test_the_logits_at_a_time_are_bounded_for_any_vocabulary(device, numbers, rows, V):
+    n = models.loss_rows(torch.device(device), V)
+    assert rows <= n and n * V <= max(numbers, rows * V)
+
+
 # ---- generation -----------------------------------------------------------------------------------------------
 
 def greedy(model, prompt, n, stop_ids=()):
@@ -254,6 +287,14 @@ def test_a_compiled_step_generates_the_same_beyond_the_first_places_of_the_cache
     model.decode = lambda *inputs: calls.append(inputs[2].shape[-1]) or compiled(*inputs)
     assert answers(model, PROMPTS, 40) == expected
     assert len(set(calls)) >= 3 and len(calls) == max(map(len, expected)) - 1
+
+
+def test_the_caches_of_a_cuda_graph_are_marked_as_static():
+    """Without the mark CUDA graphs are skipped, as the step writes to its inputs."""
+    model = tiny()
+    for model.static_caches in (False, True):
+        marks = [hasattr(t, "_dynamo_static_input_type") for cache in models.empty_caches(model, 1, 4) for t in cache]
+        assert marks == [model.static_caches] * 2 * TINY["n_layers"]
 
 
 OTHER = dict(vocab_size=98, dim=64, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=12, hidden_dim=64, max_seq_len=48,
@@ -349,6 +390,14 @@ def test_draws_follow_the_naive_distribution(temperature, top_k, top_p):
         assert abs(counts[i] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-6, (i, p, counts[i] / n)
 
 
+def test_top_p_takes_more_than_the_few_likeliest_tokens_where_they_do_not_reach_it():
+    logits, n = torch.linspace(0, 0.1, 2000), 4000
+    drawn = choose(logits.expand(n, -1), torch.zeros(n, 2000, dtype=torch.bool), 1.0, 0, 0.9, 1.0,
+                   torch.Generator().manual_seed(4))
+    kept = len(naive_distribution(logits.tolist(), 1.0, 0, 0.9))
+    assert 2000 - kept <= drawn.min() < 2000 - kept + 20 and drawn.max() > 1980
+
+
 def test_the_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
     for seed in range(200):
@@ -406,7 +455,7 @@ def test_muon_is_the_naive_one_on_each_matrix(monkeypatch, batches):
     start = [torch.randn(shape, generator=random) for shape in ((8, 20), (20, 8), (8, 20), (12, 12), (20, 8))]
     gradients = [[torch.randn(p.shape, generator=random) for _ in range(4)] for p in start]
     params = [torch.nn.Parameter(p.clone()) for p in start]
-    optimizer = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.3)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.3)                   # momentum: the default
     for step in range(4):
         for p, g in zip(params, gradients):
             p.grad = g[step].clone()

@@ -560,6 +560,26 @@ def test_products_are_timed_up_to_the_first_that_takes_ten_milliseconds(monkeypa
     assert shapes[-1] == (size, size) and rate == pytest.approx(2 * size ** 3 / (seconds * size / 256))
 
 
+def test_speeds_leave_out_validations_and_run_json_the_first_step_too(monkeypatch, tmp_path, capsys):
+    now, process = [1000.0], runtime.Process(0, 0, 1, CPU)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    meter = runtime.Meter(0, 10, process)
+    for step in range(1, 6):
+        now[0] += 100 if step == 1 else 2                                # the first step compiles
+        meter.step(dict(step=step, tokens=64 * step, lr=0.1, loss=2.0, grad_norm=1.0), 3 * (step > 2), 2)
+        if step in (3, 5):
+            with meter.paused():
+                now[0] += 50
+    second, fourth = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert "2/10" in second and "1 tokens/s" in second and "skipped" not in second       # 128 tokens in 102 s
+    assert "4/10" in fourth and "32 tokens/s  12 s left  3 skipped" in fourth
+    meter.save(str(tmp_path / "run.json"), {"device": "a device", "memory": "some"})
+    [session] = checkpoints.read_run(tmp_path / "run.json")
+    assert session["seconds"] == 208 and session["timed_seconds"] == 8 and session["timed_tokens"] == 4 * 64
+    assert (session["from_step"], session["to_step"], session["device"]) == (0, 5, "a device")
+    meter.close()
+
+
 # ---- stopping and resuming ------------------------------------------------------------------------------------
 
 def same_run(a, b):
