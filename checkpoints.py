@@ -10,26 +10,36 @@ import math
 import os
 import zipfile
 import zlib
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
 
 import config
-import tokenizer as tokenizers
+import lora
+import sharding
 from model import Model, ModelConfig
+from tokenizer import load as load_tokenizer
 
 FORMAT = 1                     # of checkpoints and bins; others are rejected
 COUNTS = {"prepare_pretrain.py": ("documents", "tokens", "bytes"),
           "prepare_sft.py": ("examples", "tokens", "targets")}
+META = {"format": int, "dtype": str, "tokenizer": str, "tokenizer_sha256": str, "train": dict,
+        "val": dict, "corpora": dict, "crc32": dict}
+TOKENS = {"uint16": "<u2", "uint32": "<u4"}                    # meta.json's dtype, and numpy's name
 CHECKPOINT = {"stage": str, "model": dict, "shape": dict, "tokenizer": str, "tokenizer_sha256": str}
 RESUMABLE = {"step": int, "best": float, "skipped": int, "identity": dict, "constants": dict,
              "optimizers": list, "scaler": dict}
 OPTIONAL = {**RESUMABLE, "val_loss": float, "val_bpb": float}
-SHAPE = {field.name: field for field in fields(ModelConfig)}
-FIRST_SHAPE = "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim max_seq_len".split()
+SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
+          "_growth_tracker": int}
+SHAPE = {field.name: field.type for field in fields(ModelConfig)}
+# constants of the network that came later, with the values that older checkpoints have
+LATER = {"rope_theta": 10_000.0, "norm_eps": 1e-5, "tie_embeddings": True, "qk_norm": False,
+         "qkv_bias": False, "rope_scaling": None}
+RUN_LATER = {**LATER, "lora_rank": 0}          # likewise of a run
 LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float,
-       "val_loss": float, "val_bpb": float}
+       "val_loss": float}          # the first columns of every log.csv; others are floats
 SESSION = {"from_step": int, "to_step": int, "seconds": float, "timed_tokens": int,
            "timed_seconds": float, "date": str, "torch": str, "device": str, "memory": str}
 
@@ -62,19 +72,21 @@ def read_meta(path, tokenizer, made_by):
         raise SystemExit(f"{path}: not there; run python {made_by} first")
     try:
         with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-    except (OSError, ValueError, RecursionError):
-        raise SystemExit(f"{path}: not a whole JSON file; {again}") from None
-    needed = {"format": int, "tokenizer": str, "tokenizer_sha256": str, "train": dict, "val": dict}
-    meta = {"corpora": {}, "crc32": {}, **meta} if isinstance(meta, dict) else {}
-    if wrong := has(meta, {**needed, "corpora": dict, "crc32": dict}):
+            meta = {"corpora": {}, "crc32": {}, "dtype": "uint16", **json.load(f)}
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise SystemExit(f"{path}: not a whole JSON file of {made_by}; {again}") from None
+    if wrong := has(meta, META):
         raise SystemExit(f"{path}: not what {made_by} writes, its {wrong!r} is wrong; {again}")
     if meta["format"] != FORMAT:
         raise SystemExit(f"{path}: format {meta['format']}, this code reads {FORMAT}; {again}")
+    if meta["dtype"] not in TOKENS:
+        raise SystemExit(f"{path}: its dtype is {meta['dtype']!r}, not {' or '.join(TOKENS)}; "
+                         f"{again}")
+    counts = dict.fromkeys(COUNTS[made_by], int)
     for name, row in {"train": meta["train"], "val": meta["val"], **meta["corpora"]}.items():
-        if not isinstance(row, dict) or (wrong := has(row, dict.fromkeys(COUNTS[made_by], int))):
+        if wrong := has(row if isinstance(row, dict) else {}, counts):
             raise SystemExit(f"{path}: not what {made_by} writes, {name!r} has no number of "
-                             f"{wrong if isinstance(row, dict) else 'tokens'}; {again}")
+                             f"{wrong}; {again}")
     if meta["tokenizer_sha256"] != tokenizer.sha256:
         made_with = f"{meta['tokenizer']} ({meta['tokenizer_sha256'][:8]})"
         raise SystemExit(f"{path}: made with {made_with}, but {tokenizer.name} is "
@@ -88,11 +100,13 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     SystemExit if its length or its checksum is not what meta.json says, or if a number in it is not
     below `below`. Bins made before there were checksums have none.
     """
-    again, expected = f"run python {made_by} again", length * np.dtype(dtype).itemsize
+    again = f"run python {made_by} again"
+    expected = length * np.dtype(dtype).itemsize
     found = os.path.getsize(path) if os.path.isfile(path) else "missing"
     if found != expected:
         raise SystemExit(f"{path}: {found}, where meta.json says {expected} bytes; {again}")
-    data, crc = np.memmap(path, dtype, "r") if length else np.zeros(0, dtype), 0
+    data = np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)
+    crc = 0
     for at in range(0, length, 1 << 24):
         part = data[at:at + (1 << 24)]
         crc = zlib.crc32(part, crc)
@@ -101,6 +115,11 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     if meta["crc32"].get(os.path.basename(path), crc) != crc:
         raise SystemExit(f"{path}: damaged, its checksum is not that of meta.json; {again}")
     return data
+
+
+def open_tokens(path, length, meta, made_by, vocab_size):
+    """open_bin() for token ids, in the type that meta.json names."""
+    return open_bin(path, TOKENS[meta["dtype"]], length, meta, made_by, vocab_size)
 
 
 def data_hash(meta):
@@ -117,8 +136,8 @@ def save(path, state):
         torch.save({"format": FORMAT, **state}, f)
 
 
-def load(path, device="cpu"):
-    """The dict that save() wrote.
+def load(path, device="cpu", to_resume=False):
+    """The dict that save() wrote, LoRA's updates merged into the weights unless it is to_resume.
 
     SystemExit if it is missing, damaged, of another format, or no model that can work.
     weights_only: a checkpoint from elsewhere holds tensors and plain values, but no code that runs.
@@ -140,49 +159,48 @@ def load(path, device="cpu"):
     if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
         raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
     try:
-        check(state)
+        merged = check(state)
     except ValueError as error:
         raise SystemExit(f"{path}: refused: {error}; take another checkpoint") from None
-    return state
+    return state if to_resume else {**state, "model": merged}
 
 
 def check(state):
-    """Complete the shape of a checkpoint's network; ValueError if something in it cannot be."""
-    there = {name: kind for name, kind in OPTIONAL.items() if name in state}
-    if wrong := has(state, {**CHECKPOINT, **there}):
+    """Complete the shape of a checkpoint's network; returns its weights with LoRA's updates merged.
+
+    ValueError if something in it cannot be.
+    """
+    optional = {name: kind for name, kind in OPTIONAL.items() if name in state}
+    if wrong := has(state, {**CHECKPOINT, **optional}):
         raise ValueError(f"its {wrong!r} is missing or wrong")
-    shape, weights = state["shape"], state["model"]
+    shape, weights = {**LATER, **state["shape"]}, lora.merge(state["model"])
     if unknown := shape.keys() - SHAPE:
         raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
-    for name in {**dict.fromkeys(FIRST_SHAPE), **shape}:
-        kind = {dict: (dict, type(None))}.get(SHAPE[name].type, (SHAPE[name].type,))
-        if not any(is_a(shape.get(name, MISSING), one) for one in kind):
-            raise ValueError(f"the {name} of its network is {shape.get(name, 'missing')!r}")
+    scaling = shape["rope_scaling"]
+    if wrong := has({**shape, "rope_scaling": scaling or {}}, SHAPE):
+        raise ValueError(f"the {wrong} of its network is {shape.get(wrong, 'missing')!r}")
+    if scaling and has(scaling, dict.fromkeys(scaling, float)):
+        raise ValueError(f"the rope_scaling of its network is {scaling}")
     if shape["n_layers"] > len(weights) or shape["max_seq_len"] > 1 << 24:
         raise ValueError(f"its network of {shape['n_layers']} layers for {shape['max_seq_len']} "
                          f"tokens cannot be one of {len(weights)} weights")
-    if any(not is_a(number, float) for number in (shape.get("rope_scaling") or {}).values()):
-        raise ValueError(f"the rope_scaling of its network is {shape['rope_scaling']}")
     with torch.device("meta"):                                # the shapes without the memory
         network = Model(ModelConfig(**shape))
-    expected = network.state_dict()
-    if differ := expected.keys() ^ weights.keys():
-        name = min(map(str, differ))
-        raise ValueError(f"the weight {name} is {'missing' if name in expected else 'unknown'}")
-    for name, weight in weights.items():
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            raise ValueError(f"the weight {name} is not of floating-point numbers")
-        if weight.shape != expected[name].shape:
-            raise ValueError(f"the weight {name} is {tuple(weight.shape)}, and its network has "
-                             f"{tuple(expected[name].shape)}")
-        if not is_finite(weight):
-            raise ValueError(f"the weight {name} is not finite")
-    state["shape"] = vars(network.config)                     # constants that came later: defaults
+    try:
+        network.load_state_dict(dict(weights), assign=True)   # dict: it would mark the original
+        wrong = [name for name, weight in weights.items() if not is_finite(weight)]
+    except Exception as error:                                # PyTorch says what does not fit
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    if wrong:
+        raise ValueError(f"the weight {wrong[0]} is not finite")
+    state["shape"] = vars(network.config)
+    return weights
 
 
 def is_finite(tensor):
-    """Whether all numbers are finite. If one is NaN, so are the extremes: cheaper than isfinite()."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    """Whether all numbers are finite. One NaN makes the extremes NaN: faster than isfinite()."""
+    tensor = sharding.local(tensor)
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def fingerprint(path):
@@ -200,7 +218,7 @@ def load_with_tokenizer(path, tokenizer=""):
     SystemExit if it is not the one that the model was trained with.
     """
     saved = load(path)
-    tok = tokenizers.load(tokenizer or saved["tokenizer"])
+    tok = load_tokenizer(tokenizer or saved["tokenizer"])
     if tok.sha256 != saved["tokenizer_sha256"]:
         raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is "
                          f"not {tok.name}")
@@ -239,21 +257,20 @@ def open_run(out_dir, resume, overwrite, stage, identity):
                          "it, --overwrite starts anew in its place")
     if not resume:
         return None
-    saved = load(path)
-    if saved["stage"] != stage or "optimizers" not in saved:
-        best = ", as best.pt" * ("optimizers" not in saved)
-        raise SystemExit(f"{path}: made by {saved['stage']}.py{best}; only the last.pt of "
-                         f"{stage}.py can be resumed here")
+    saved = load(path, to_resume=True)
+    if saved["stage"] != stage:
+        raise SystemExit(f"{path}: made by {saved['stage']}.py; only the last.pt of {stage}.py can "
+                         "be resumed here")
     if wrong := has(saved, RESUMABLE):
-        raise SystemExit(f"{path}: cannot be resumed, its {wrong!r} is missing or wrong")
-    # a constant that is younger than the run had its default; younger checks are left out
-    defaults = {name: field.default for name, field in SHAPE.items()}
-    then = {**identity, **defaults, **saved["identity"]}
+        raise SystemExit(f"{path}: cannot be resumed, its {wrong!r} is missing or wrong; only "
+                         "last.pt holds all")
+    # what came later had its default then, or was not looked at
+    then = {**identity, **RUN_LATER, **saved["identity"]}
     if differ := [f"{name} (then {then[name]}, now {value})" for name, value in identity.items()
                   if repr(then[name]) != repr(value)]:         # it may hold anything, tensors too
         raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
                          "constants and the data that it had")
-    if os.environ.get("RANK", "0") == "0":
+    if config.IS_MAIN:
         print(f"going on with {path} from step {saved['step']}", flush=True)
     return saved
 
@@ -266,67 +283,89 @@ def restore(saved, model, optimizers, scaler):
     """
     if saved is None:
         return 0, math.inf, 0
-    model.load_state_dict(saved["model"])
+    parameters = model.state_dict()
+    model.load_state_dict({name: sharding.share(weight, parameters[name])
+                           for name, weight in saved["model"].items()})
     if len(optimizers) != len(saved["optimizers"]):
         raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
                          "give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
-        rates = [{name: value for name, value in group.items() if name != "params"}
-                 for group in optimizer.param_groups]
+        groups = [dict(group) for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"]]
         try:
-            optimizer.load_state_dict(state)
+            shares = {i: {name: sharding.share(moment, parameters[i])
+                          for name, moment in moments.items()}
+                      for i, moments in state["state"].items()}
+            optimizer.load_state_dict({**state, "state": shares})
             fits = all(v.shape in (p.shape, ()) and is_finite(v)
                        for p, moments in optimizer.state.items() for v in moments.values())
         except Exception:                                     # it looks at nothing before use
             fits = False
         if not fits:
-            raise SystemExit("last.pt: refused: the state of its optimizer does not fit the network")
-        for group, constants in zip(optimizer.param_groups, rates):
-            group.update(constants)            # keep the current rates, restore the moments
+            raise SystemExit("last.pt: refused: the state of its optimizer does not fit the "
+                             "network")
+        for group, now in zip(optimizer.param_groups, groups):
+            group.update(now)                  # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
-        floats = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
-        if wrong := has(saved["scaler"], {**floats, "growth_interval": int, "_growth_tracker": int}):
+        if wrong := has(saved["scaler"], SCALER):
             raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
         scaler.load_state_dict(saved["scaler"])
     return saved["step"], saved["best"], saved["skipped"]
 
 
-def refuse_to_save_nan(model, step, out_dir):
-    """SystemExit, on every process, if a weight is no longer finite: last.pt then still is."""
-    if not all(is_finite(w.detach()) for w in model.parameters()):
-        raise SystemExit(f"step {step}: the weights are no longer finite; nothing of it was saved: "
-                         f"--resume goes on from {out_dir}/last.pt, with a lower learning rate for "
-                         "instance")
-
-
 # -----------------------------------------------------------------------------------------------
-# the log
+# what a run writes
 
-class Log:
-    """log.csv, a row per step, written by the main process; resuming repeats no step."""
+class Run:
+    """The files of a run: last.pt and best.pt, and log.csv with a row per step.
 
-    def __init__(self, path, last_step, process):
-        self.file = None
-        if process.is_main:
-            kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
-            with config.whole_file(path) as f:
-                writer = csv.DictWriter(f, LOG, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(kept)
-            self.file = open(path, "a", encoding="utf-8", newline="")
-            self.writer = csv.DictWriter(self.file, LOG, lineterminator="\n")
+    about: what every checkpoint says of the run; columns: of log.csv besides those of LOG. Only the
+    main process writes. Rows of log.csv after last_step are dropped, so that resuming repeats none.
+    """
 
-    def row(self, **values):
-        if self.file:
+    def __init__(self, out_dir, about, last_step, process, columns=("val_bpb",)):
+        self.out_dir, self.about, self.is_main = out_dir, about, process.is_main
+        if not self.is_main:
+            return
+        path = f"{out_dir}/log.csv"
+        kept = [row for row in read_log(path) if int(row["step"]) <= last_step]
+        columns = [*LOG, *columns]
+        with config.whole_file(path) as f:
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        self.file = open(path, "a", encoding="utf-8", newline="")
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
+
+    def refuse(self, step, reason):
+        raise SystemExit(f"step {step}: {reason}; nothing of it was saved: --resume goes on from "
+                         f"{self.out_dir}/last.pt, perhaps with a lower learning rate")
+
+    def log(self, row):
+        if self.is_main:
             with config.disk_space(self.file.name):
-                self.writer.writerow(values)
+                self.writer.writerow(row)
 
     def flush(self):
-        """Bring the rows to the disk: before a checkpoint, so that the log is never behind it."""
-        if self.file:
+        """Bring the rows of log.csv to the disk."""
+        if self.is_main:
             with config.disk_space(self.file.name):
                 self.file.flush()
                 os.fsync(self.file.fileno())
+
+    def save(self, name, model, step, **more):
+        """Write a checkpoint, in best.pt with LoRA's updates merged; every process calls it.
+
+        SystemExit, on every process, if a weight is no longer finite.
+        """
+        if not all(is_finite(w.detach()) for w in model.parameters()):
+            self.refuse(step, "the weights are no longer finite")
+        self.flush()                                          # the log is never behind a checkpoint
+        state = sharding.whole({"model": model.state_dict(), **more})
+        if self.is_main:
+            if name == "best.pt":
+                state["model"] = lora.merge(state["model"])
+            save(f"{self.out_dir}/{name}", {**self.about, "step": step, **state})
 
 
 def read_log(path):
@@ -338,17 +377,20 @@ def read_log(path):
         return []
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
         text = f.read()
-    rows = []
-    for line in text[:text.rfind("\n") + 1].splitlines()[1:]:
+    head, *lines = text[:text.rfind("\n") + 1].splitlines() or [""]
+    names, rows = head.split(","), []
+    if names[:len(LOG)] != list(LOG):
+        return []
+    for line in lines:
         cells = line.split(",")                               # there are only numbers
         try:
-            for cell, (name, kind) in zip(cells, LOG.items()):
+            for name, cell in zip(names, cells):
                 if cell or not name.startswith("val_"):
-                    kind(cell)
+                    LOG.get(name, float)(cell)
         except ValueError:
             continue
-        if len(cells) == len(LOG) and int(cells[0]) > 0:
-            rows.append(dict(zip(LOG, cells)))
+        if len(cells) == len(names) and int(cells[0]) > 0:
+            rows.append(dict(zip(names, cells)))
     return rows
 
 

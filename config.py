@@ -26,6 +26,8 @@ from contextlib import contextmanager
 # torch is loaded, so that scripts import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+IS_MAIN = os.environ.get("RANK", "0") == "0"   # the first of the processes that torchrun started
+
 
 def override(namespace, argv=None, outlives_reader=False):
     """Change the constants that stand above this call by `--name=value`, and return them as a dict.
@@ -43,7 +45,7 @@ def override(namespace, argv=None, outlives_reader=False):
     argv = (sys.argv[1:] if is_script else []) if argv is None else argv
     source, module = constants_of(namespace["__file__"]), namespace.get("__spec__")
     script = os.path.basename(namespace["__file__"])
-    if is_script and module:                                             # run as python -m extras.NAME
+    if is_script and module:                   # run as python -m extras.NAME
         script = f"python -m {module.name}"
     if "--help" in argv or "-h" in argv:
         width = max(len(f"{name}={namespace[name]!r}") for name in source)
@@ -151,15 +153,15 @@ def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
     check_range(0.01, 100, repetition_penalty=repetition_penalty)
 
 
-def parse(text, kind):
-    """The value of type `kind` that text spells; raises ValueError if it spells none."""
-    if kind is bool:
+def parse(text, type_):
+    """The value of this type that text spells; raises ValueError if it spells none."""
+    if type_ is bool:
         words = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in words:
             raise ValueError(text)
         return words[text.lower()]
-    value = kind(text)
-    if kind is float and not math.isfinite(value):
+    value = type_(text)
+    if type_ is float and not math.isfinite(value):
         raise ValueError(text)
     return value
 

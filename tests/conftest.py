@@ -67,38 +67,49 @@ def import_weights(source, out, **constants):
     return str(out)
 
 
-def write_meta(folder, tok, **parts):
+def write_meta(folder, tok, dtype="uint16", **parts):
     sums = {path.name: zlib.crc32(path.read_bytes()) for path in folder.glob("*.*") if path.suffix != ".json"}
     meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
-            "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": 0, "crc32": sums, **parts}
+            "bos_id": tok.bos_id, "eos_id": tok.eos_id, "seed": 0, "crc32": sums, "dtype": dtype, **parts}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def write_pretrain(folder, tok, train, val):
+def write_pretrain(folder, tok, train, val, dtype="uint16"):
     """The bins of prepare_pretrain.py, from lists of texts."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {}
     for part, texts in (("train", train), ("val", val)):
         ids = [i for text in texts for i in tok.encode(text) + [tok.eos_id]]
-        np.array(ids, dtype="<u2").tofile(folder / f"{part}.bin")
+        np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tofile(folder / f"{part}.bin")
         parts[part] = {"documents": len(texts), "tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts)}
-    write_meta(folder, tok, **parts)
+    write_meta(folder, tok, dtype, **parts)
     return folder
 
 
-def write_sft(folder, tok, train, val):
+def write_sft(folder, tok, train, val, dtype="uint16"):
     """The bins of prepare_sft.py, from lists of dialogues."""
     folder.mkdir(parents=True, exist_ok=True)
     parts, longest = {}, 0
     for part, dialogues in (("train", train), ("val", val)):
         rendered = [tok.render(messages) for messages in dialogues]
         ids, mask = ([i for r in rendered for i in r[k]] for k in (0, 1))
-        np.array(ids, dtype="<u2").tofile(folder / f"{part}.bin")
+        np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tofile(folder / f"{part}.bin")
         np.array(mask, dtype="u1").tofile(folder / f"{part}.mask")
         np.cumsum([0] + [len(r[0]) for r in rendered]).astype("<i8").tofile(folder / f"{part}.idx")
         parts[part] = {"examples": len(rendered), "tokens": len(ids), "targets": sum(mask), "bytes": 0}
         longest = max([longest] + [len(r[0]) for r in rendered])
-    write_meta(folder, tok, **parts, longest=longest)
+    write_meta(folder, tok, dtype, **parts, longest=longest)
+    return folder
+
+
+def write_pairs(folder, tok, train, val):
+    """Bins of pairs, from lists of (messages, chosen, rejected). The loss counts the last answers only."""
+    def both(pairs):
+        return [[{**m, "train": False} for m in messages] + [{"role": "assistant", "content": answer}]
+                for messages, *answers in pairs for answer in answers]
+    write_sft(folder, tok, both(train), both(val))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").write_text(json.dumps({**meta, "pairs": True}), encoding="utf-8")
     return folder
 
 

@@ -70,14 +70,15 @@ def each_weight(f):
 
 
 @pytest.mark.parametrize("harm, said", [
-    (change("model", norm__weight=None), "norm.weight is missing"),
-    (change("model", extra=torch.ones(1)), "extra is unknown"),
-    (change("model", norm__weight=torch.ones(9)), "norm.weight is (9,)"),
+    (change("model", norm__weight=None), 'Missing key(s) in state_dict: "norm.weight"'),
+    (change("model", extra=torch.ones(1)), 'Unexpected key(s) in state_dict: "extra"'),
+    (change("model", norm__weight=torch.ones(9)), "size mismatch for norm.weight"),
     (change("model", norm__weight=torch.full((8,), float("nan"))), "norm.weight is not finite"),
     (change("model", norm__weight=torch.tensor([1.0] * 7 + [float("-inf")])), "not finite"),
-    (change("model", norm__weight=torch.ones(8, dtype=torch.int8)), "floating-point"),
-    (change("model", norm__weight=[1.0] * 8), "floating-point"),
-    (each_weight(lambda w: w.long()), "floating-point"),
+    (change("model", norm__weight=torch.ones(8, dtype=torch.int8)), "norm.weight"),
+    (change("model", norm__weight=[1.0] * 8), "norm.weight"),
+    (change("model", norm__weight=torch.ones(8, dtype=torch.complex64)), "refused"),
+    (each_weight(lambda w: w.long()), "floating point"),
     (change(None, model=[]), "'model'"), (change(None, model=None), "'model'"), (change(None, model={}), "layers"),
     (change("shape", n_layers=None), "n_layers"), (change("shape", n_layers=2), "weight"),
     (change("shape", n_layers=10 ** 12), "layers"), (change("shape", max_seq_len=10 ** 12), "tokens"),
@@ -160,7 +161,7 @@ def edit(**changes):
 @pytest.mark.parametrize("harm", [
     edit(train={}), edit(train=None), edit(train={"documents": 1, "tokens": -1, "bytes": 1}), edit(val=[]),
     edit(train={"documents": 1, "tokens": True, "bytes": 1}), edit(tokenizer_sha256=None), edit(tokenizer=None),
-    edit(format="1"), edit(crc32=7), edit(corpora=[]), edit(corpora={"a": 3}), edit(corpora={"a": {"tokens": "x"}}),
+    edit(format="1"), edit(crc32=7), edit(dtype="int64"), edit(dtype=None), edit(corpora=[]), edit(corpora={"a": 3}), edit(corpora={"a": {"tokens": "x"}}),
     lambda text: "[" * 100_000, lambda text: '{"a":' * 100_000, lambda text: "null", lambda text: "\x00", lambda text: ""])
 def test_a_meta_json_with_anything_in_it_is_refused(tok, pretrain_dir, tmp_path, harm):
     path = tmp_path / "meta.json"
@@ -188,6 +189,15 @@ def test_a_flipped_bit_in_the_bins_is_refused(tok, tmp_path, name, dtype):
         damaged[at // 8] ^= 1 << at % 8
         path.write_bytes(damaged)
         assert name in refused(checkpoints.open_bin, str(path), dtype, length, meta, "prepare_sft.py")
+
+
+def test_the_checksum_and_the_range_are_those_of_the_whole_of_a_long_file(tmp_path):
+    data, path = np.zeros((1 << 24) + 5, dtype="u1"), str(tmp_path / "train.bin")
+    data[[3, -1]] = 1, 9
+    data.tofile(path)
+    meta = {"crc32": {"train.bin": zlib.crc32(data)}}
+    assert len(checkpoints.open_bin(path, "u1", len(data), meta, "prepare_sft.py", 10)) == len(data)
+    assert "holds 9" in refused(checkpoints.open_bin, path, "u1", len(data), meta, "prepare_sft.py", 9)
 
 
 def examples(folder, tok):

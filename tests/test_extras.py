@@ -1,9 +1,14 @@
 """extras/: what the scripts there share. They run as modules, and nothing of the top level needs them."""
 import ast
 
+import numpy as np
 import pytest
-
+import torch
 from conftest import ROOT, run
+from test_training import constants, save_model
+
+from extras import positions
+from model import Model, ModelConfig
 
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("extras/*.py")) if "__main__" in path.read_text("utf-8")]
 
@@ -26,7 +31,32 @@ def test_the_top_level_imports_nothing_of_extras():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_usage_names_the_command_that_runs_it(name, tmp_path):
     helped = run(f"extras.{name}", tmp_path, "--help")
-    assert helped.rc == 0 and f"python -m extras.{name}" in helped.out and "--out=" in helped.out, helped.err
+    assert helped.rc == 0 and f"python -m extras.{name}" in helped.out and "constants and their defaults" in helped.out
     wrong = run(f"extras.{name}", tmp_path, "--xyzxyz=1")
     assert wrong.rc == 1 and wrong.err.count("\n") == 1
     assert f"see python -m extras.{name} --help" in wrong.err
+
+
+def test_the_loss_by_position_is_that_of_each_document_alone(tok, pretrain_dir, tmp_path, capsys):
+    torch.manual_seed(0)
+    model, T = Model(ModelConfig(tok.vocab_size, 32, 1, 2, max_seq_len=40)), 32
+    save_model(tmp_path / "best.pt", model, tok, "pretrain")
+    with constants(positions, checkpoint=str(tmp_path / "best.pt"), data_dir=str(pretrain_dir), max_seq_len=T,
+                   n_rows=3, batch_size=2, device="cpu", dtype="float32"):
+        positions.main()
+    ids = np.fromfile(pretrain_dir / "val.bin", "<u2").astype(int).tolist()
+    expected = {}                                              # bucket: [nats]
+    for row in range(3):
+        tokens = ids[row * T:(row + 1) * T + 1]                # the last row is shorter
+        n = max(0, len(tokens) - 1)
+        starts = [0] + [i for i in range(1, n) if tokens[i] == tok.eos_id] + [n]
+        for a, b in zip(starts, starts[1:]):
+            seen = [tok.bos_id if i == tok.eos_id else i for i in tokens[a:b]]
+            log_p = model(torch.tensor([seen]))[0].log_softmax(-1)
+            for n, target in enumerate(tokens[a + 1:b + 1]):
+                expected.setdefault((n + 1).bit_length(), []).append(-log_p[n, target].item())
+    lines = [line.split("|")[2:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(lines) == len(expected) > 3
+    for (n, nats), bucket in zip(lines, sorted(expected)):
+        assert int(n) == len(expected[bucket])
+        assert float(nats) == pytest.approx(sum(expected[bucket]) / len(expected[bucket]), abs=1e-4)

@@ -1,4 +1,5 @@
 """model.py against transformers, torch's own functions, and loops that compute the same the long way."""
+import itertools
 import math
 from dataclasses import fields
 
@@ -70,6 +71,20 @@ def test_logits_are_those_of_transformers(kind, options, tied):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_frequencies_of_llama3_are_those_of_its_rule():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
+    table = models.rope_table(ModelConfig(97, dim=128, n_heads=2, max_seq_len=4, rope_theta=5e5, rope_scaling=scaling))
+    expected = []
+    for i in range(0, 64, 2):
+        f = 5e5 ** (-i / 64)
+        turns = 256 * f / (2 * math.pi)        # in the original context
+        smooth = (turns - 1) / 3
+        expected.append(f if turns > 4 else f / 8 if turns < 1 else (1 - smooth) * f / 8 + smooth * f)
+    assert len({f / 5e5 ** (-i / 64) for i, f in zip(range(0, 64, 2), expected)}) > 3       # all three cases
+    torch.testing.assert_close(table[0, 1, 0, :32], torch.tensor(expected).cos())
+    torch.testing.assert_close(table[1, 1, 0, 32:], torch.tensor(expected).sin())
+
+
 def test_packed_documents_do_not_see_each_other():
     model, x = tiny(qk_norm=True), rows(3, 20)
     starts = torch.tensor([0, 7, 8, 20, 40, 41, 59, 60], dtype=torch.int32)   # one token alone, a whole row, last token
@@ -107,6 +122,52 @@ def test_flops_are_those_that_torch_counts(options):
         model(rows(B, T), rows(B, T)).backward()
     c = model.config  # torch counts all T x T scores: the causal half that flops_per_token leaves out comes on top
     assert counter.get_total_flops() == B * T * (model.flops_per_token(T) + 6 * c.n_layers * c.n_heads * c.head_dim * T)
+
+
+@pytest.mark.parametrize("options", [dict(tie_embeddings=False), dict(qkv_bias=True, qk_norm=True)])
+def test_initial_weights_have_the_deviation_of_gpt2(options):
+    """0.02, and for what is added to the residual stream 0.02 / sqrt(2 n_layers)."""
+    torch.manual_seed(0)
+    model = Model(ModelConfig(2000, dim=64, n_layers=8, n_heads=4, **options))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name))), name
+            continue
+        is_residual = name.endswith(("attention.wo.weight", "ffn.w2.weight"))
+        expected = 0.02 / 4 if is_residual else 0.02
+        assert p.std().item() == pytest.approx(expected, rel=0.04) and abs(p.mean().item()) < 0.05 * expected, name
+
+
+def peak_of_a_step(model, rows, T, dtype):
+    """Bytes at the peak of a step of two rounds with its update, as the profiler sees them allocated."""
+    optimizers = make_optimizers(model, 1e-3, 1e-3, 0.1, str(dtype).removeprefix("torch."))
+    x, y = (torch.randint(model.config.vocab_size, (rows, T)) for _ in range(2))
+    starts = torch.arange(0, rows * T + 1, T // 4, dtype=torch.int32)
+
+    def step():
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(x, y, starts)
+            (loss / x.numel()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    step()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    kept = [*model.parameters(), *(t for o in optimizers for state in o.state.values() for t in state.values())]
+    return sum(t.numel() * t.element_size() for t in kept) + max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V, dim, n_layers, T, rows", [(1000, 256, 4, 128, 4), (8192, 128, 2, 256, 4)])
+def test_the_estimate_of_memory_is_right_within_15_percent(V, dim, n_layers, T, rows, dtype):
+    """The first is mostly weights and blocks, the second mostly the loss; without the moments, a quarter is missing."""
+    model = Model(ModelConfig(V, dim, n_layers, 2, max_seq_len=T, qk_norm=True))
+    estimate = model.bytes_to_train(rows, T, dtype)
+    assert peak_of_a_step(model, rows, T, dtype) == pytest.approx(estimate, rel=0.15)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------
@@ -164,6 +225,25 @@ def test_loss_and_gradients_in_bfloat16_stay_close_to_float32():
         assert (gradients[name] - expected).norm() < 0.1 * expected.norm(), name
 
 
+def test_many_chunks_in_bfloat16_add_up_in_float32():
+    """A sum in bfloat16 would be wrong by 2 per cent."""
+    model, random = tiny(), torch.Generator().manual_seed(8)
+    h, w = torch.randn(2000, 32, generator=random).bfloat16(), torch.randn(97, 32, generator=random).bfloat16()
+    y = torch.randint(5, (2000,), generator=random)
+    expected = w.float().requires_grad_()
+    F.cross_entropy(h.float() @ expected.T, y, reduction="sum").backward()
+    w.requires_grad_()
+    models.ChunkedLoss.apply(h, w, y, 1, model.nats).backward()
+    assert (w.grad.float() - expected.grad).norm() < 0.01 * expected.grad.norm()
+
+
+@pytest.mark.parametrize("device, numbers, rows", [("cpu", 2 ** 23, 256), ("cuda", 2 ** 26, 512)])
+@pytest.mark.parametrize("V", [400, 4096, 16_384, 65_536, 151_936])
+def test_the_logits_at_a_time_are_bounded_for_any_vocabulary(device, numbers, rows, V):
+    n = models.loss_rows(torch.device(device), V)
+    assert rows <= n and n * V <= max(numbers, rows * V)
+
+
 # ---- generation -----------------------------------------------------------------------------------------------
 
 def greedy(model, prompt, n, stop_ids=()):
@@ -207,6 +287,14 @@ def test_a_compiled_step_generates_the_same_beyond_the_first_places_of_the_cache
     model.decode = lambda *inputs: calls.append(inputs[2].shape[-1]) or compiled(*inputs)
     assert answers(model, PROMPTS, 40) == expected
     assert len(set(calls)) >= 3 and len(calls) == max(map(len, expected)) - 1
+
+
+def test_the_caches_of_a_cuda_graph_are_marked_as_static():
+    """Without the mark CUDA graphs are skipped, as the step writes to its inputs."""
+    model = tiny()
+    for model.static_caches in (False, True):
+        marks = [hasattr(t, "_dynamo_static_input_type") for cache in models.empty_caches(model, 1, 4) for t in cache]
+        assert marks == [model.static_caches] * 2 * TINY["n_layers"]
 
 
 OTHER = dict(vocab_size=98, dim=64, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=12, hidden_dim=64, max_seq_len=48,
@@ -316,6 +404,14 @@ def test_draws_follow_the_naive_distribution(temperature, top_k, top_p):
         assert abs(counts[i] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1e-6, (i, p, counts[i] / n)
 
 
+def test_top_p_takes_more_than_the_few_likeliest_tokens_where_they_do_not_reach_it():
+    logits, n = torch.linspace(0, 0.1, 2000), 4000
+    drawn = choose(logits.expand(n, -1), torch.zeros(n, 2000, dtype=torch.bool), 1.0, 0, 0.9, 1.0,
+                   torch.Generator().manual_seed(4))
+    kept = len(naive_distribution(logits.tolist(), 1.0, 0, 0.9))
+    assert 2000 - kept <= drawn.min() < 2000 - kept + 20 and drawn.max() > 1980
+
+
 def test_the_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
     for seed in range(200):
@@ -373,7 +469,7 @@ def test_muon_is_the_naive_one_on_each_matrix(monkeypatch, batches):
     start = [torch.randn(shape, generator=random) for shape in ((8, 20), (20, 8), (8, 20), (12, 12), (20, 8))]
     gradients = [[torch.randn(p.shape, generator=random) for _ in range(4)] for p in start]
     params = [torch.nn.Parameter(p.clone()) for p in start]
-    optimizer = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.3)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.3)                   # momentum: the default
     for step in range(4):
         for p, g in zip(params, gradients):
             p.grad = g[step].clone()

@@ -1,0 +1,174 @@
+"""dpo.py: against trl, against its own formula written plainly, and as a user runs it."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import dialogue, run, story, write_pairs
+from test_training import constants, refused, same_run, save_model
+
+import checkpoints
+import dpo
+import runtime
+from model import Model, ModelConfig
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
+
+
+def pair(rng):
+    """(messages, chosen, rejected), both answers of any length."""
+    *messages, answer = dialogue(rng, rng.choice([1, 1, 2]))
+    return messages, answer["content"], story(rng, 1)[:rng.randrange(2, 30)]
+
+
+@pytest.fixture(scope="module")
+def pairs(tok, tmp_path_factory):
+    rng = random.Random(5)
+    return write_pairs(tmp_path_factory.mktemp("pairs"), tok, [pair(rng) for _ in range(14)],
+                       [pair(rng) for _ in range(5)])
+
+
+@pytest.fixture(scope="module")
+def settings(tok, pairs, tmp_path_factory):
+    """Constants of a short run of a model whose answers are not all alike."""
+    torch.manual_seed(0)
+    model = Model(ModelConfig(tok.vocab_size, **SHAPE))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    checkpoint = str(tmp_path_factory.mktemp("start") / "best.pt")
+    save_model(checkpoint, model, tok, "sft")
+    return dict(checkpoint=checkpoint, tokenizer=tok.name, data_dir=str(pairs), device="cpu", dtype="float32",
+                batch_pairs=5, micro_batch=2, max_steps=6, eval_interval=3, lr=3e-3, muon_lr=3e-3, warmup=0.0,
+                sample_prompts="")
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    def train(name, **values):
+        with constants(dpo, **{**settings, "out_dir": str(tmp_path / name), **values}):
+            dpo.main()
+        return checkpoints.read_log(tmp_path / name / "log.csv")
+    return train
+
+
+def examples(tok, folder, part):
+    """[(ids, mask)] of the bins."""
+    ids, mask, starts = (np.fromfile(folder / f"{part}.{name}", dtype)
+                         for name, dtype in (("bin", "<u2"), ("mask", "u1"), ("idx", "<i8")))
+    return [(ids[a:b].astype(int).tolist(), mask[a:b].tolist()) for a, b in zip(starts, starts[1:])]
+
+
+def plain_log_prob(model, ids, mask):
+    """The log-probability of the masked tokens, a token at a time."""
+    log_p = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    return sum(log_p[t, ids[t + 1]] for t in range(len(ids) - 1) if mask[t + 1])
+
+
+def test_loss_and_gradients_are_those_of_trl(settings, tok, pairs, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    import transformers
+    from extras import export
+    from extras.huggingface import their_name
+    with constants(export, checkpoint=settings["checkpoint"], out=str(tmp_path / "hf")):
+        export.main()
+    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+                         for _ in range(2))
+    start = checkpoints.load(settings["checkpoint"])
+    ours, before = (Model.from_state(start["shape"], {name: w.clone() for name, w in start["model"].items()})
+                    for _ in range(2))
+    theirs, generator = dict(policy.named_parameters()), torch.Generator().manual_seed(1)
+    with torch.no_grad():                                        # training has moved the policy
+        for name, p in ours.named_parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+            theirs[their_name(name)].copy_(p)
+    args = trl.DPOConfig(str(tmp_path / "trl"), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3], beta=0.2,
+                         use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False)
+    dataset = datasets.Dataset.from_list([dict(prompt="小猫", chosen="在河边", rejected="唱歌")])    # it wants one
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    trainer = trl.DPOTrainer(policy, reference, args, train_dataset=dataset, processing_class=tokenizer)
+    rows, found = [], examples(tok, pairs, "train")
+    for (chosen, mask), (rejected, _) in list(zip(found[::2], found[1::2]))[:4]:
+        n = mask.index(1)
+        rows.append(dict(prompt_ids=chosen[:n], chosen_ids=chosen[n:], rejected_ids=rejected[n:]))
+    loss = trainer.compute_loss(policy, dict(trainer.data_collator(rows)))
+    loss.backward()
+
+    with constants(dpo, **settings, beta=0.2):
+        data = dpo.Pairs("train", checkpoints.read_meta(f"{pairs}/meta.json", tok, "prepare_sft.py"), 96, tok.vocab_size)
+        x, y = dpo.read_batch(data, np.arange(4), tok, torch.device("cpu"))
+        with torch.no_grad():
+            known = dpo.log_probs(before, x, y)
+        logp = dpo.log_probs(ours, x, y)
+        n_targets = data.chosen_targets[:4].sum()
+        assert n_targets == sum(len(row["chosen_ids"]) for row in rows)
+        our_loss = dpo.preferences(logp, known)[0].mean() - 0.3 * logp[0].sum() / n_targets
+    our_loss.backward()
+    assert our_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[their_name(name)].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_is_the_formula_written_plainly(train, settings, tok, pairs):
+    """Also with label smoothing, which trl's loss leaves out, and with the validation's figures."""
+    rows = train("out", max_steps=1, eval_interval=1, label_smoothing=0.2, nll_weight=0.3, beta=0.5, lr=0.0, muon_lr=0.0)
+    start = checkpoints.load(settings["checkpoint"])
+    model = Model.from_state(start["shape"], start["model"])
+    found, order = examples(tok, pairs, "train"), runtime.batch_rows(0, 5, 14, dpo.seed)
+    chosen = [found[2 * i] for i in order]
+    nll = -sum(plain_log_prob(model, *e) for e in chosen) / sum(sum(mask) for _, mask in chosen)
+    # the model is its own reference: all margins are 0
+    assert float(rows[0]["loss"]) == pytest.approx(np.log(2) + 0.3 * nll.item(), rel=1e-5)
+    val = [plain_log_prob(model, *e).item() for e in examples(tok, pairs, "val")]
+    assert float(rows[0]["val_chosen"]) == pytest.approx(np.mean(val[::2]), rel=1e-5)
+    assert float(rows[0]["val_rejected"]) == pytest.approx(np.mean(val[1::2]), rel=1e-5)
+    preferred = np.mean(np.array(val[::2]) > np.array(val[1::2]))
+    assert 0 < preferred < 1 and float(rows[0]["val_preferred"]) == pytest.approx(preferred)
+
+    logp, known = torch.tensor([[-3.0, -5.0], [-4.0, -4.0]]), torch.tensor([[-3.5, -4.0], [-3.0, -6.0]])
+    with constants(dpo, beta=0.5, label_smoothing=0.2):
+        loss, margin = dpo.preferences(logp, known)
+    expected = [0.5 * ((-3 + 3.5) - (-4 + 3)), 0.5 * ((-5 + 4) - (-4 + 6))]
+    assert margin.tolist() == pytest.approx(expected)
+    assert loss.tolist() == pytest.approx([-0.8 * np.log(1 / (1 + np.exp(-m))) - 0.2 * np.log(1 / (1 + np.exp(m)))
+                                           for m in expected])
+
+
+def test_the_losses_do_not_depend_on_the_micro_batch_or_the_processes(train, settings, tmp_path):
+    one = train("one", micro_batch=5)
+    three = train("three", micro_batch=3)
+    arguments = {**settings, "out_dir": tmp_path / "two"}
+    done = run("dpo.py", tmp_path, *(f"--{name}={value}" for name, value in arguments.items()), torchrun=2)
+    assert done.rc == 0, done.err
+    two = checkpoints.read_log(tmp_path / "two" / "log.csv")
+    assert len(one) == len(two) == 6 and one[0]["loss"] != one[5]["loss"]
+    for name in ("loss", "grad_norm", "val_loss", "val_margin", "val_chosen"):
+        for a, b, c in zip(one, two, three):
+            assert bool(a[name]) == bool(b[name]) == bool(c[name])
+            if a[name]:
+                assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=1e-5)
+                assert float(c[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=1e-5)
+
+
+def test_training_prefers_the_chosen_answers(train):
+    rows = train("out", max_steps=30, eval_interval=30, nll_weight=0.0)
+    assert float(rows[-1]["loss"]) < 0.3 < np.log(2) < float(rows[0]["loss"]) + 1e-4
+    assert float(rows[-1]["val_accuracy"]) > 0.5 and float(rows[-1]["val_margin"]) > 0
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_run_in_two_parts_is_the_run_in_one(train, tmp_path, lora_rank):
+    with pytest.MonkeyPatch.context() as patch:                  # the schedule is that of the whole run
+        patch.setattr(dpo, "schedule", lambda step: 1.0)
+        train("a", lora_rank=lora_rank)
+        train("b", lora_rank=lora_rank, max_steps=3)
+        train("b", lora_rank=lora_rank, resume=True)
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_is_no_pair_is_refused(settings, tok, sft_dir, pairs, tmp_path):
+    with constants(dpo, **{**settings, "data_dir": str(sft_dir), "out_dir": str(tmp_path / "o")}):
+        assert "holds no pairs" in refused(dpo.main)
+    with constants(dpo, **{**settings, "max_seq_len": 12, "out_dir": str(tmp_path / "o")}):
+        assert "--max_seq_len=12" in refused(dpo.main)
+    assert not (tmp_path / "o" / "last.pt").exists()

@@ -1,0 +1,40 @@
+"""A longer context than the model was trained with."""
+import pytest
+import torch
+from test_training import constants, refused, save_model
+
+import checkpoints
+import pretrain
+from model import Model, ModelConfig, generate
+
+
+@pytest.fixture
+def settings(tok, pretrain_dir, tmp_path):
+    torch.manual_seed(0)
+    save_model(tmp_path / "short.pt", Model(ModelConfig(tok.vocab_size, 32, 2, 2, max_seq_len=32)), tok, "pretrain")
+    return dict(init_from=str(tmp_path / "short.pt"), tokenizer=tok.name, data_dir=str(pretrain_dir), device="cpu",
+                out_dir=str(tmp_path / "long"), dtype="float32", max_seq_len=80, batch_tokens=240, max_steps=3,
+                eval_interval=3, sample_prompts="", compile="off")
+
+
+@pytest.mark.parametrize("how, theta, factor", [(dict(rope_theta=50_000.0), 50_000.0, None),
+                                                (dict(rope_factor=2.5), 10_000.0, 2.5)])
+def test_training_goes_on_with_a_longer_context(settings, tok, tmp_path, how, theta, factor):
+    with constants(pretrain, **settings, **how):
+        pretrain.main()
+    saved = checkpoints.load(tmp_path / "long" / "best.pt")
+    shape = saved["shape"]
+    assert shape["max_seq_len"] == 80 and shape["rope_theta"] == theta
+    assert (shape["rope_scaling"] or {}).get("factor") == factor
+    if factor:
+        assert shape["rope_scaling"]["original_max_position_embeddings"] == 32
+    model = Model.from_state(shape, saved["model"])
+    assert len(list(generate(model, [[tok.bos_id]], 79, temperature=0))) == 79       # beyond 32
+
+
+def test_positions_that_the_model_does_not_know_are_refused(settings):
+    with constants(pretrain, **settings):
+        sentence = refused(pretrain.main)
+    assert "32 tokens at most" in sentence and "--rope_theta=" in sentence and "--rope_factor=" in sentence
+    with constants(pretrain, **{**settings, "max_seq_len": 32}):                     # as long as before
+        pretrain.main()

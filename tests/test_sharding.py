@@ -1,0 +1,125 @@
+"""--shard and --recompute: the same losses and checkpoints as without, also across a kill and other processes."""
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, write_pairs
+from test_dpo import pair
+from test_training import constants, save_model
+
+import checkpoints
+import dpo
+import pretrain
+import sft
+from model import Model, ModelConfig
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
+
+
+@pytest.fixture(scope="module")
+def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
+    """{stage: constants of a short run}"""
+    folder, rng = tmp_path_factory.mktemp("start"), random.Random(5)
+    torch.manual_seed(0)
+    save_model(folder / "best.pt", Model(ModelConfig(tok.vocab_size, **SHAPE)), tok, "pretrain")
+    pairs = write_pairs(folder / "pairs", tok, [pair(rng) for _ in range(14)], [pair(rng) for _ in range(5)])
+    every = dict(tokenizer=tok.name, device="cpu", dtype="float32", max_steps=6, eval_interval=3, lr=3e-3, muon_lr=3e-3,
+                 warmup=0.0, lr_min=1.0, sample_prompts="")
+    rows = dict(every, batch_tokens=4 * 96, max_seq_len=96, compile="off")
+    return {"pretrain": dict(rows, **{**SHAPE, "data_dir": str(pretrain_dir)}),
+            "sft": dict(rows, data_dir=str(sft_dir), checkpoint=str(folder / "best.pt")),
+            "dpo": dict(every, data_dir=str(pairs), checkpoint=str(folder / "best.pt"),
+                        batch_pairs=4, micro_batch=1)}
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    def train(stage, name, processes=0, **values):
+        values = {**settings[stage.__name__], "out_dir": str(tmp_path / name), **values}
+        if processes:
+            done = run(f"{stage.__name__}.py", tmp_path, *(f"--{name}={value}" for name, value in values.items()),
+                       torchrun=processes)
+            assert done.rc == 0, done.err
+        else:
+            with constants(stage, **values):
+                stage.main()
+        return tmp_path / name
+    return train
+
+
+def same(a, b, rel=1e-3):
+    """The logs of two runs, and their last.pt, but for rounding."""
+    one, two = (checkpoints.read_log(folder / "log.csv") for folder in (a, b))
+    assert len(one) == len(two) == 6
+    for x, y in zip(one, two):
+        for name in ("loss", "grad_norm"):
+            assert float(x[name]) == pytest.approx(float(y[name]), rel=rel)
+    if rel > 1e-3:
+        return
+    one, two = (checkpoints.load(folder / "last.pt", to_resume=True) for folder in (a, b))
+    assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 6
+    for name, w in one["model"].items():
+        assert type(w) is torch.Tensor
+        torch.testing.assert_close(w, two["model"][name], rtol=1e-2, atol=1e-4)
+    for x, y in zip(one["optimizers"], two["optimizers"], strict=True):
+        assert x["state"].keys() == y["state"].keys() and x["state"]
+        for i, moments in x["state"].items():
+            for name, moment in moments.items():
+                torch.testing.assert_close(moment, y["state"][i][name], rtol=5e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage, shard, more", [
+    (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)), (pretrain, "optimizer", dict(muon_lr=0.0)),
+    (pretrain, "full", dict(dtype="bfloat16")),
+    (sft, "full", dict(lora_rank=3)), (dpo, "full", {})], ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo"])
+def test_processes_that_share_a_model_learn_what_one_process_learns(train, stage, shard, more):
+    same(train(stage, "one", **more), train(stage, "two", 2, shard=shard, **more), 2e-2 if "dtype" in more else 1e-3)
+
+
+def test_a_run_resumes_with_shards_or_without(train):
+    whole = train(pretrain, "whole")
+    train(pretrain, "parts", 2, shard="full", max_steps=3)
+    same(whole, train(pretrain, "parts", resume=True))
+    train(pretrain, "back", max_steps=3)
+    same(whole, train(pretrain, "back", 2, resume=True, shard="full"))
+
+
+def test_the_estimate_of_memory_divides_what_is_shared(tok):
+    model = Model(ModelConfig(tok.vocab_size, **{**SHAPE, "n_layers": 8}))
+    weights, alone = model.n_params(), model.bytes_to_train(1, 8, torch.float32)
+    model.shares, model.keeps_weights = 4, True
+    kept = model.bytes_to_train(1, 8, torch.float32)
+    model.keeps_weights = False
+    full = model.bytes_to_train(1, 8, torch.float32)
+    assert alone - kept == 16 * weights * 3 / 4 - 4 * weights              # but all are gathered in the passes
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    assert kept - full == 4 * blocks * 6 / 8                               # or those of two blocks
+
+
+def test_recomputing_changes_no_number_and_keeps_less(tok):
+    torch.manual_seed(0)
+    model = Model(ModelConfig(tok.vocab_size, **{**SHAPE, "n_layers": 6}))
+    x = torch.randint(0, tok.vocab_size, (2, 96))
+    found = []
+    for model.recompute in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            loss = model(x, x)
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.item(), [p.grad.clone() for p in model.parameters()], sum(kept),
+                      model.bytes_to_train(2, 96, torch.float32)))
+    (loss, grads, kept, estimate), (same_loss, same_grads, less, smaller) = found
+    assert loss == same_loss and all(map(torch.equal, grads, same_grads))
+    assert less < kept / 2 and smaller < estimate
+
+
+@pytest.mark.parametrize("processes, arguments, says", [
+    (0, dict(shard="full"), "torchrun"), (0, dict(shard="some"), "choose optimizer or full"),
+    (2, dict(shard="full", batch_tokens=3 * 96), "2 processes cannot share a batch of 3")])
+def test_what_cannot_be_sharded_is_refused(settings, tmp_path, processes, arguments, says):
+    arguments = {**settings["pretrain"], "out_dir": tmp_path / "out", **arguments}
+    done = run("pretrain.py", tmp_path, *(f"--{name}={value}" for name, value in arguments.items()), torchrun=processes)
+    assert done.rc == 1 and says in done.err
+    assert not np.array(list(tmp_path.glob("out/*.pt"))).size
