@@ -55,8 +55,8 @@ def main():
         raise SystemExit(f"--max_seq_len={max_seq_len}: {checkpoint} reads {context} at most")
     pretrain.max_seq_len, pretrain.mask_documents = max_seq_len or context, True
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, "prepare_pretrain.py")
-    data = checkpoints.open_bin(f"{data_dir}/val.bin", "<u2", meta["val"]["tokens"], meta,
-                                "prepare_pretrain.py", tok.vocab_size)
+    data = checkpoints.open_tokens(f"{data_dir}/val.bin", meta["val"]["tokens"], meta,
+                                   "prepare_pretrain.py", tok.vocab_size)
     print("| tokens seen before | targets | nats per token | bits per byte |\n|---|---:|---:|---:|")
     for i, (nats, n, n_bytes) in enumerate(by_position(model, tok, data)):
         if n:
