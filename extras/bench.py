@@ -146,17 +146,17 @@ class Enough(Exception):
 
 
 class Clock:
-    """Stands in for checkpoints.Log: pretrain.py calls row() after every step.
+    """Stands in for checkpoints.Run: pretrain.py calls log() after every step.
 
     Keeps the seconds of the steps, and after each the speed of a matrix product. Two steps warm up.
     """
 
-    def __init__(self, path, start, process):
+    def __init__(self, out_dir, about, start, process):
         self.device, self.seconds, self.peaks, self.began = process.device, [], [], now()
         self.dtype_name, _, _ = runtime.precision(process.device, dtype)
         clocks.append(self)
 
-    def row(self, **values):
+    def log(self, row):
         self.seconds.append(now() - self.began)
         if len(self.seconds) == 2:
             self.memory = peak_memory(self.device)             # before there are products
@@ -178,8 +178,8 @@ def training():
     model, before = network(), peak_memory(runtime.start(device).device)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tok = write_bins(folder)
-        pretrain.tokenizers.load = lambda name: tok
-        pretrain.checkpoints.Log = Clock
+        pretrain.load_tokenizer = lambda name: tok
+        pretrain.checkpoints.Run = Clock
         settings = {name: value for name, value in constants.items() if hasattr(pretrain, name)}
         settings.update(data_dir=folder, out_dir=os.path.join(folder, "out"), sample_prompts="",
                         max_steps=1_000_000)               # "auto" decides as for a long run

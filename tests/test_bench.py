@@ -89,8 +89,7 @@ def test_the_steps_are_those_of_pretrain_with_the_constants_of_the_bench(tmp_pat
     monkeypatch.setattr(pretrain, "Model", Watched)
     for name, value in vars(pretrain).copy().items():                     # to have all of it back
         monkeypatch.setattr(pretrain, name, value)
-    monkeypatch.setattr(pretrain.tokenizers, "load", None)
-    monkeypatch.setattr(checkpoints, "Log", checkpoints.Log)
+    monkeypatch.setattr(checkpoints, "Run", checkpoints.Run)
     figures = {what: values for what, _, values in bench.training()}
     assert [shape for shape, *_ in seen[:3]] == [(4, 48), (4, 48), (2, 48)] and len(seen) == 3 * 4
     assert all(masked and dim == SHAPE["dim"] for _, masked, dim in seen)
