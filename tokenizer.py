@@ -70,6 +70,11 @@ class Tokenizer:
         self.dummy_space = dummy_space          # sentencepiece put a space before the text: decode takes it away
         self._encode_batch = encode_batch       # list of str -> list of lists of ids, on one core
 
+    @property
+    def id_dtype(self):
+        """The numpy type of ids in bins: two bytes where all ids fit, else four."""
+        return "uint16" if self.vocab_size <= 65_536 else "uint32"
+
     def encode(self, text):
         """The ids of a text, without bos or eos; never a control token."""
         return self.encode_batch([text])[0]
