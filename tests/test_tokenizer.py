@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 from conftest import run, story
 
+import templates
 import tokenizer
 
 NASTY = ["", " ", "\n", "你好，世界！", "从前，小猫在河边唱歌。\n\n  第二段。", "a   b\t\tc  ", "行\r\n行\r行\x0b\x0c\x85\u2028尾",
@@ -51,7 +52,7 @@ def test_round_trip_and_no_control_token(tok, ranks, text):
     for t in (tok, ranks):
         ids = t.encode(text)
         assert t.decode(ids) == text
-        assert not {t.bos_id, t.eos_id, t.pad_id, *(t.roles or {}).values(), t.end_id} & set(ids)
+        assert not {t.bos_id, t.eos_id, t.pad_id, *t.controls.values(), t.end_id} & set(ids)
         assert all(t.pieces[id] for id in ids)                     # no <unk> either
         assert t.encode_batch([text, "a", text]) == [ids, t.encode("a"), ids]
 
@@ -72,7 +73,8 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(tok, plain, ranks):
 
 def test_ids_of_our_models(tok):
     assert (tok.bos_id, tok.eos_id, tok.pad_id, tok.end_id) == (1, 2, 3, 7)
-    assert tok.roles == {"system": 4, "user": 5, "assistant": 6} and tok.stop_ids == {2, 7}
+    assert tok.template == templates.OURS and tok.stop_ids == {2, 7}
+    assert [tok.controls[name] for name in tokenizer.CONTROLS] == [4, 5, 6, 7]
     assert tok.pieces[:8] == [b""] * 8 and len(tok.pieces) == tok.vocab_size == 400
     with open(tok.name, "rb") as f:
         assert tok.sha256 == hashlib.sha256(f.read()).hexdigest()
@@ -80,7 +82,8 @@ def test_ids_of_our_models(tok):
 
 def test_plain_file_agrees_with_sentencepiece(plain):
     sp = sentencepiece.SentencePieceProcessor(model_file=plain.name)
-    assert plain.roles is None and plain.dummy_space and (plain.bos_id, plain.eos_id, plain.pad_id) == (1, 2, 0)
+    assert plain.template == templates.QUESTION and plain.dummy_space == "always"
+    assert (plain.bos_id, plain.eos_id, plain.pad_id) == (1, 2, 0)
     for text in NASTY:
         assert plain.encode(text) == sp.encode(text)
         assert plain.decode(plain.encode(text)) == sp.decode(sp.encode(text))
@@ -89,6 +92,7 @@ def test_plain_file_agrees_with_sentencepiece(plain):
 def test_four_ids_stand_behind_a_file_of_chatglm2s_size(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda sp: 64_789)
     monkeypatch.setattr(tokenizer, "piece_bytes", lambda sp, id: b"x")
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "is_control", lambda sp, id: False)
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "id_to_piece", lambda sp, id: str(id))
     t = tokenizer.load(plain.name)
     assert t.vocab_size == 64_793 and t.pieces[64_788:] == [b"x"] + [b""] * 4
@@ -213,7 +217,7 @@ def test_same_bytes_in_any_order(trained):
 
 def test_trained_model_is_ours_and_loses_nothing(trained):
     t = tokenizer.load(str(trained[0] / "a.model"))
-    assert t.vocab_size == 600 and t.roles == {"system": 4, "user": 5, "assistant": 6} and t.end_id == 7
+    assert t.vocab_size == 600 and t.template == templates.OURS and t.end_id == 7
     for text in NASTY:
         assert t.decode(t.encode(text)) == text
     assert len(t.encode("。\n\n  第二段")) <= 3                        # line feeds and blanks are learnt like other text
