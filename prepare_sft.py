@@ -235,9 +235,8 @@ def print_examples(tok, n, first):
     tokens, mask, idx = (np.memmap(f"{data_dir}/train.{kind}", dtype, "r")
                          for kind, dtype in (("bin", "<u2"), ("mask", "u1"), ("idx", "<i8")))
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
-    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: tokenizers.CHATML[0],
-             tok.end_id: tokenizers.CHATML[1] if tok.start_id is not None else "<|end|>"}
-    names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
+    names = {id: text for text, id in tok.controls.items()}
+    names |= {tok.bos_id: "<bos>", tok.eos_id: "<eos>"}
     for example in spread(n, first, len(idx) - 1):
         part = slice(idx[example], idx[example + 1])
         print(f"\n--- example {example} of train.bin: {idx[example + 1] - idx[example]} tokens, the loss counts on "
@@ -268,6 +267,7 @@ def check_constants(tok):
 
 def main():
     tok = tokenizers.load(tokenizer)
+    tok.prompt([])                                                 # refuses a chat template that is not known
     check_constants(tok)
     with ExitStack() as stack:                                     # meta.json last: it vouches for the others
         meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
