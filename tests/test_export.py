@@ -139,7 +139,9 @@ def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_t
     theirs.save(str(tmp_path / "theirs/tokenizer.json"))
     (tmp_path / "theirs/tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": "another"}))
-    (tmp_path / "theirs/chat_template.jinja").write_text("a third")
+    (tmp_path / "theirs/chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}")
     tok = tokenizer.load(str(tmp_path / "theirs"))
     folder, _ = exported(tok=tok)
     again = transformers.AutoTokenizer.from_pretrained(folder)
