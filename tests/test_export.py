@@ -13,6 +13,7 @@ import transformers
 from conftest import dialogue, import_weights, run, story
 
 import checkpoints
+import templates
 import tokenizer
 import train_tokenizer
 from extras import export
@@ -128,6 +129,35 @@ def test_the_folder_imported_again_is_the_same_model(exported, tok, tmp_path):
         assert all(torch.equal(w, saved["model"][name]) for name, w in model.state_dict().items())
 
 
+def test_our_folder_saved_again_by_transformers_is_still_ours(exported, spaced, tmp_path):
+    folder, model = exported(tok=spaced, stage="sft")
+    saved = tmp_path / "saved"
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(saved)
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(saved)
+    assert not (saved / "tokenizer.model").exists()
+    messages = dialogue(random.Random(1), 2)
+    for with_jinja in True, False:
+        again = tokenizer.load(str(saved))
+        assert again.template == templates.OURS and again.stop_ids == spaced.stop_ids
+        assert again.render(messages) == spaced.render(messages) and again.vocab_size == spaced.vocab_size
+        for text in TEXTS:
+            assert again.encode(text) == spaced.encode(text) and again.decode(again.encode(text)) == text
+        imported = checkpoints.load(import_weights(saved, tmp_path / "again.pt"))
+        assert imported["stage"] == "sft" and torch.equal(imported["model"]["norm.weight"], model.norm.weight)
+        (saved / "chat_template.jinja").unlink(missing_ok=True)
+        settings = json.loads((saved / "tokenizer_config.json").read_text("utf-8"))
+        settings.pop("chat_template", None)
+        (saved / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+
+
+def test_batches_are_padded_on_the_left_and_answers_marked(exported, spaced):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(tok=spaced)[0])
+    assert theirs(["从前", "从前，小猫在河边唱歌。"], padding=True).input_ids[0][0] == spaced.pad_id
+    for messages in [dialogue(random.Random(seed), 3) for seed in range(9)]:
+        found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert (found["input_ids"], found["assistant_masks"]) == spaced.render(messages)
+
+
 def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_trains(exported, tmp_path, monkeypatch):
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), \
@@ -151,7 +181,7 @@ def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_t
     assert again.apply_chat_template(messages, return_dict=False) == tok.render(messages)[0]
     imported = import_weights(folder, tmp_path / "again.pt")
     assert checkpoints.load(imported)["tokenizer_sha256"] == tok.sha256
-    with pytest.raises(SystemExit, match="convert_hf_to_gguf"):
+    with pytest.raises(SystemExit, match="convert_hf_to_gguf.py .*/model --outfile=.*/model.gguf"):
         exported("model.gguf", tok=tok)
 
 
@@ -166,7 +196,7 @@ def test_a_vocabulary_that_transformers_cannot_have_exactly_stays_here(exported,
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "generation_config.json",
                                                         "model.safetensors"]
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 14
-    with pytest.raises(SystemExit, match="not made by train_tokenizer.py"):
+    with pytest.raises(SystemExit, match="not made by train_tokenizer.py: llama.cpp reads none"):
         exported("model.gguf", tok=tokenizer.load(str(path)))
 
 

@@ -694,22 +694,75 @@ def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
     assert done.rc == 0 and "tokens/s" in done.err, done.err
 
 
-def test_a_base_model_continues_and_a_chat_model_answers(tmp_path, monkeypatch, capsys):
-    for eos, name in ((320, "<|endoftext|>"), (322, "<|im_end|>")):
-        path = tmp_path / str(eos)
-        model, hf = save_model(path, "Qwen2", eos_token_id=eos), byte_level(path, eos=name)
-        hf.backend_tokenizer.no_truncation()
-        ids = [320] + hf.encode("你好") if eos == 320 else hf.encode(hf.apply_chat_template(
-            [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True))
-        new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20,
-                             do_sample=False, eos_token_id=sorted({320, eos}), pad_token_id=0)[0, len(ids):]
-        assert len(set(new.tolist())) > 3                                # the model says something
-        for constant, value in dict(checkpoint=import_weights(path, path / "best.pt"), device="cpu", dtype="float32",
-                                    temperature=0.0, max_new_tokens=20, prompt="你好").items():
-            monkeypatch.setattr(sample, constant, value)
-        capsys.readouterr()                                              # what the import printed
-        sample.main()
-        assert capsys.readouterr().out == "你好" * (eos == 320) + hf.decode(new, skip_special_tokens=True) + "\n"
+def answer(checkpoint, monkeypatch, capsys):
+    """What sample.py prints for the prompt 你好."""
+    for constant, value in dict(checkpoint=checkpoint, device="cpu", dtype="float32", temperature=0.0,
+                                max_new_tokens=20, prompt="你好").items():
+        monkeypatch.setattr(sample, constant, value)
+    capsys.readouterr()                                              # what the import printed
+    sample.main()
+    return capsys.readouterr().out
+
+
+def test_a_base_model_continues_its_text(tmp_path, monkeypatch, capsys):
+    model, hf = save_model(tmp_path, "Qwen2", eos_token_id=320), byte_level(tmp_path)
+    hf.backend_tokenizer.no_truncation()
+    ids = torch.tensor([[320] + hf.encode("你好")])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
+                         eos_token_id=320, pad_token_id=0)[0, ids.shape[1]:]
+    assert len(set(new.tolist())) > 3                                    # the model says something
+    checkpoint = import_weights(tmp_path, tmp_path / "best.pt")
+    assert answer(checkpoint, monkeypatch, capsys) == "你好" + hf.decode(new, skip_special_tokens=True) + "\n"
+
+
+@CHAT
+def test_a_chat_model_answers_as_in_transformers(tmp_path, monkeypatch, capsys, chat):
+    ours, hf, end = chat_folder(tmp_path, chat)
+    kind = "Llama" if "L" in chat else "Mistral" if "M" in chat else "Qwen2"
+    model = save_model(tmp_path, kind, eos_token_id=sorted(ours.stop_ids), **({"sliding_window": None} if "Mis" in chat else {}))
+    ids = torch.tensor([hf.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True, **OPTIONS)])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    new = new[0, ids.shape[1]:]
+    assert len(set(new.tolist())) > 3
+    checkpoint = import_weights(tmp_path, tmp_path / "best.pt")
+    assert answer(checkpoint, monkeypatch, capsys) == ours.decode(new.tolist()) + "\n"
+
+
+def test_a_template_decides_what_is_a_chat_model_where_turns_end_like_documents(tmp_path, capsys):
+    folder = tmp_path / "zephyr"
+    for jinja, stage in ((ZEPHYR, "sft"), (None, "pretrain"), (ZEPHYR.replace("|user|", "|human|"), "pretrain")):
+        metaspace(folder, chat_template=jinja)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        change(folder / "tokenizer_config.json", chat_template=jinja)
+        save_model(folder, "Llama", eos_token_id=2)
+        capsys.readouterr()
+        assert loaded(folder)["stage"] == stage
+        assert ("template is not known" in capsys.readouterr().out) == bool(jinja and stage == "pretrain")
+    byte_level(tmp_path / "llama", **LLAMA_3_TOKENS, chat_template=LLAMA_3)
+    for eos, stage in ((320, "pretrain"), ([320, 324], "sft")):
+        save_model(tmp_path / "llama", "Llama", eos_token_id=eos)
+        assert loaded(tmp_path / "llama")["stage"] == stage
+
+
+def test_preparing_with_an_unknown_chat_template_is_refused_before_the_work(tmp_path, monkeypatch):
+    byte_level(tmp_path / "model", chat_template="{{ messages }}")
+    monkeypatch.setattr(prepare_sft, "tokenizer", str(tmp_path / "model"))
+    monkeypatch.setattr(prepare_sft, "corpora", "messages:none.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert "chat template" in refused(prepare_sft.main)
+
+
+def test_a_base_model_that_is_exported_is_none_of_chat(tmp_path, monkeypatch):
+    metaspace(tmp_path / "base", chat_template=None)
+    save_model(tmp_path / "base", "Llama", eos_token_id=2)
+    for stage in "pretrain", "sft":
+        checkpoint = import_weights(tmp_path / "base", tmp_path / "best.pt", stage=stage)
+        for name, value in dict(checkpoint=checkpoint, out=str(tmp_path / stage)).items():
+            monkeypatch.setattr(export, name, value)
+        export.main()
+        assert loaded(tmp_path / stage)["stage"] == stage
+        settings = json.loads((tmp_path / stage / "tokenizer_config.json").read_text("utf-8"))
+        assert settings["padding_side"] == "left" and ("chat_template" in settings) == (stage == "sft")
 
 
 def test_bleu_is_computed_for_an_imported_model(tmp_path, tok, monkeypatch, capsys):
@@ -811,6 +864,14 @@ def test_an_imported_model_is_fine_tuned(imported, train, tok):
     assert log[-1] < log[0]
 
 
+def test_a_head_of_its_own_is_noticed(imported, tok, capsys):
+    weights = baby_llama2(tok.vocab_size)
+    saved = checkpoints.load(imported({**weights, "output.weight": weights["output.weight"] + 0.1}))
+    assert not saved["shape"]["tie_embeddings"] and "output.weight differs" in capsys.readouterr().out
+    imported(weights)
+    assert "differs" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("spoil, constants, said", [
     (lambda w: w, dict(n_heads=5), "--n_heads=5"), (lambda w: w, dict(stage="chat"), "pretrain or sft"),
     (lambda w: {"model": w}, {}, "state_dict"), (lambda w: {}, {}, "missing"),
@@ -818,6 +879,8 @@ def test_an_imported_model_is_fine_tuned(imported, train, tok):
     (lambda w: {name: t for name, t in w.items() if name != "norm.weight"}, {}, "norm.weight"),
     (lambda w: {**w, "norm.weight": torch.ones(5)}, {}, "size mismatch"),
     (lambda w: {name: t[:99] if t.shape[0] == 400 else t for name, t in w.items()}, {}, "99 tokens"),
+    (lambda w: {**w, "layers.1.attention.wq.weight": torch.ones(31, 32)}, {}, "wq.weight has the shape [31, 32]"),
+    (lambda w: {**w, "tok_embeddings.weight": torch.ones(400)}, {}, "not all are matrices"),
     (lambda w: w, dict(source="none.pth"), "none.pth: cannot be read"), (lambda w: open, {}, "cannot be read"),
     (lambda w: w, dict(tokenizer=""), "--tokenizer= names"), (lambda w: w, dict(out="."), "--out=.: name a file")])
 def test_what_is_no_baby_llama2_ends_in_one_sentence(imported, tok, spoil, constants, said):
