@@ -103,9 +103,11 @@ QUESTION = Template(                                           # as baby-llama2-
     "question<bos>answer", (), "", user="{}", header="{bos}", answer="{}{eos}")
 HUMAN = Template(
     "Human/Assistant", (), "", user="Human: {}\n", header="Assistant: ", answer="{}{eos}")
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
 TEMPLATES = [
     OURS, CHATML, LLAMA3, MISTRAL, ZEPHYR, HUMAN, QUESTION,
-    CHATML._replace(name="Qwen3", no_thoughts="<think>\n\n</think>\n\n"),
+    CHATML._replace(name="Qwen3", no_thoughts=NO_THOUGHTS),
+    CHATML._replace(name="Qwen3 of TRL", header=CHATML.header + NO_THOUGHTS),
     MISTRAL._replace(name="Mistral 0.2", user=" [INST] {} [/INST]", strip=()),
     MISTRAL._replace(name="Mistral 0.1", user="[INST] {} [/INST]", answer="{}{eos}", strip=()),
     MISTRAL._replace(name="Mistral Nemo", user="[INST]{}[/INST]", answer="{}{eos}", strip=())]
