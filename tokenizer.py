@@ -41,6 +41,8 @@ GPT2_SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
 # The end of a document, by its name in Qwen's and GPT-2's, Llama 3's and Llama 2's vocabularies.
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
 DOCUMENT_STARTS = ["<|begin_of_text|>", "<s>"]
+OTHER_KIND = ("{}/tokenizer.json: of a kind that is not read here, neither byte-level nor with "
+              "U+2581 for spaces")
 MARKS = {mark for template in templates.TEMPLATES for mark in template.marks}
 
 
@@ -217,13 +219,13 @@ def from_sentencepiece(path, folder=None):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         n = sp.vocab_size() if data else 0
-    except (RuntimeError, TypeError, ValueError):
+        id_of = {sp.id_to_piece(id): id for id in range(n)}
+    except (RuntimeError, TypeError, ValueError):              # also a piece that is no UTF-8
         n = 0
     if not n or sp.eos_id() < 0:
         raise SystemExit(f"{path}: not a whole sentencepiece model with an eos token ({len(data)} "
                          "bytes); make it again with `python train_tokenizer.py`")
     pieces = [piece_bytes(sp, id) for id in range(n)]
-    id_of = {sp.id_to_piece(id): id for id in range(n)}
     controls = {piece: id for piece, id in id_of.items() if sp.is_control(id)}
     bos_id = sp.bos_id() if sp.bos_id() >= 0 else sp.eos_id()
     tokens = {"{bos}": sp.id_to_piece(bos_id), "{eos}": sp.id_to_piece(sp.eos_id())}
@@ -340,14 +342,21 @@ def from_folder(folder):
     """
     spec = read_json(f"{folder}/tokenizer.json")
     added = added_tokens(folder, spec)
-    if os.path.exists(f"{folder}/tokenizer.model"):
-        tok = from_sentencepiece(f"{folder}/tokenizer.model", folder)
+    path = f"{folder}/tokenizer.model"
+    if os.path.exists(path) and not (spec and is_rank_file(path)):         # as Llama 3's is
+        tok = from_sentencepiece(path, folder)
         if all(token["id"] < tok.vocab_size for token in added.values()):
             return tok
     if not spec:
         raise SystemExit(f"{folder}: neither tokenizer.model nor tokenizer.json is there; name a "
                          "folder that has one")
     return from_tokenizer_json(folder, spec, added)
+
+
+def is_rank_file(path):
+    """Whether a file begins like tiktoken's: a piece in base64, and its rank."""
+    with open(path, "rb") as f:
+        return re.match(rb"[\w+/]+=* \d+\n", f.read(256)) is not None
 
 
 def from_tokenizer_json(folder, spec, added):
@@ -389,8 +398,7 @@ def from_tokenizer_json(folder, spec, added):
                     encode_batch, template, dummy_space_of(spec) if has_dummy else "")
     probe = tok.encode("Hello, 你好 é  x\n\n 1234 😀")
     if tok.decode(probe) != backend.decode(probe):
-        raise SystemExit(f"{folder}/tokenizer.json: of a kind that is not read here, neither "
-                         "byte-level nor with U+2581 for spaces")
+        raise SystemExit(OTHER_KIND.format(folder))
     return tok
 
 
@@ -400,6 +408,9 @@ def backend_of(folder, spec):
         import tokenizers
     except ImportError:
         raise SystemExit(f"{folder}/tokenizer.json: pip install tokenizers to read it") from None
+    model = spec.get("model")
+    if not isinstance(model, dict) or model.get("continuing_subword_prefix"):
+        raise SystemExit(OTHER_KIND.format(folder))            # tokenizers would abort on such BPE
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:                  # tokenizers raises nothing more precise
@@ -457,8 +468,9 @@ def chat_template(folder):
         with open(path, encoding="utf-8", errors="replace") as f:
             return f.read()
     found = read_json(f"{folder}/tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):                 # several with names
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    for entry in found if isinstance(found, list) else []:     # several with names
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            found = entry.get("template")
     return found if isinstance(found, str) else ""
 
 

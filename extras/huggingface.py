@@ -6,6 +6,7 @@ import os
 
 import torch
 
+import checkpoints
 import tokenizer as tokenizers
 from model import Model, ModelConfig
 
@@ -27,6 +28,17 @@ SHAPE = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size",
     "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+# The types of what is read, where it is there.
+TYPES = {
+    **dict.fromkeys(SHAPE.values(), int), "rms_norm_eps": float, "model_type": str,
+    "architectures": list, "layer_types": list, "num_key_value_heads": int, "head_dim": int,
+    "rope_theta": float, "rope_scaling": dict, "rope_parameters": dict,
+    "original_max_position_embeddings": int}
+IN_WORDS = {int: "a whole number", float: "a number", str: "a text", list: "a list",
+            dict: "an object"}
+ROPE = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), float),
+    "original_max_position_embeddings": int}
 
 
 def their_name(name):
@@ -77,6 +89,7 @@ def is_chat(path, config, tok):
 
 def read_shape(path, config):
     """config.json -> ModelConfig; SystemExit names what is missing in it or not computed here."""
+    check_types(path, config, TYPES)
     kind = config.get("model_type")
     if kind not in KINDS or (config.get("architectures") or [KINDS[kind]]) != [KINDS[kind]]:
         raise SystemExit(f"{path}: model_type {kind}, architectures {config.get('architectures')}: "
@@ -84,13 +97,17 @@ def read_shape(path, config):
     for name, values in PLAIN.items():
         if config.get(name) is not None and config[name] not in values:
             raise SystemExit(f"{path}: {name} is {config[name]}, which is not computed here")
-    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise SystemExit(f"{path}: layer_types has {', '.join(other)}, which is not computed here")
+    for layer_type in config.get("layer_types") or []:
+        if layer_type != "full_attention":
+            raise SystemExit(f"{path}: layer_types has {layer_type}, which is not computed here")
     if kind == "mistral" and config.get("sliding_window", 4096) is not None:    # its default
         raise SystemExit(f"{path}: sliding_window is not null, and that is not computed here")
     missing = [theirs for theirs in SHAPE.values() if config.get(theirs) is None]
     if missing:
         raise SystemExit(f"{path}: {', '.join(missing)} missing")
+    if config["max_position_embeddings"] > 1 << 24:
+        raise SystemExit(f"{path}: max_position_embeddings is {config['max_position_embeddings']}, "
+                         "more than 16,777,216")
     rope_theta, rope_scaling = read_rope(path, config)
     try:
         return ModelConfig(
@@ -99,8 +116,15 @@ def read_shape(path, config):
             head_dim=config.get("head_dim") or 0, rope_theta=rope_theta, rope_scaling=rope_scaling,
             tie_embeddings=bool(config.get("tie_word_embeddings")), qk_norm=kind == "qwen3",
             qkv_bias=kind == "qwen2")
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise SystemExit(f"{path}: {error}") from None
+
+
+def check_types(path, table, kinds):
+    """SystemExit for the first value that is of another type than `kinds` says; None is absent."""
+    present = {name: kind for name, kind in kinds.items() if table.get(name) is not None}
+    if wrong := checkpoints.has(table, present):
+        raise SystemExit(f"{path}: {wrong} is {table[wrong]!r}, not {IN_WORDS[kinds[wrong]]}")
 
 
 def read_rope(path, config):
@@ -109,9 +133,10 @@ def read_rope(path, config):
     kind = rope.get("rope_type", rope.get("type", "default"))
     is_partial = rope.get("partial_rotary_factor", 1) != 1
     is_nested = any(isinstance(value, (dict, list)) for value in rope.values())
-    if kind not in ("default", "llama3") or is_partial or is_nested:
+    if not isinstance(kind, str) or kind not in ("default", "llama3") or is_partial or is_nested:
         raise SystemExit(f"{path}: rotary positions {rope}, which are not computed here; only "
                          "default and llama3 are")
+    check_types(path, rope, ROPE)
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     if kind == "default":
         return theta, None
@@ -127,6 +152,9 @@ def read_weights(path, shape):
     Raises SystemExit unless they are just those.
     """
     theirs = read_tensors(path)
+    if shape.n_layers > len(theirs):
+        raise SystemExit(f"{path}: config.json describes {shape.n_layers} layers, but there are "
+                         f"only {len(theirs)} weights")
     if shape.tie_embeddings and "model.embed_tokens.weight" in theirs:
         theirs.setdefault("lm_head.weight", theirs["model.embed_tokens.weight"])
     with torch.device("meta"):                                # names and sizes, no memory

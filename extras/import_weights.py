@@ -20,11 +20,10 @@ import tokenizer as tokenizers
 from extras import huggingface
 from model import Model, ModelConfig
 
-source      = "Qwen3-0.6B"            # a Hugging Face folder, or a .pth file: torch.save(model.state_dict(), ...)
+source      = "Qwen3-0.6B"            # a Hugging Face folder, or a .pth: a saved state_dict()
 out         = "out/imported/best.pt"  # the checkpoint to write
 tokenizer   = ""                      # of the weights; empty: the folder's, a .pth needs a name
-stage       = ""                      # sft: it answers; pretrain: it continues texts; empty: as
-                                      # a folder says, and sft for a .pth
+stage       = ""                      # sft: answers | pretrain: continues texts; empty: its own
 # of a .pth only, whose weights do not tell
 n_heads     = 8                       # query heads
 max_seq_len = 512                     # tokens of the longest context it was trained on

@@ -397,11 +397,19 @@ def test_a_sentencepiece_file_goes_before_tokenizer_json_unless_that_has_more(tm
     assert tokenizer.load(str(tmp_path)).vocab_size == 401
 
 
+def test_ranks_under_the_name_of_a_sentencepiece_file_leave_tokenizer_json(tmp_path):
+    byte_level(tmp_path)                                                 # as Llama 3's folders may have it
+    expected = tokenizer.load(str(tmp_path)).sha256
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert tokenizer.load(str(tmp_path)).sha256 == expected
+
+
 @pytest.mark.parametrize("spoil, said", [
     (lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.model nor tokenizer.json"),
     (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json"),
     (lambda f: (f / "tokenizer.json").write_text("[]"), "no JSON object"),
     (lambda f: change(f / "tokenizer.json", model={"type": "none"}), "not read by tokenizers"),
+    (lambda f: change_model(f / "tokenizer.json", continuing_subword_prefix="##"), "of a kind"),
     (lambda f: change(f / "tokenizer.json", decoder={"type": "WordPiece", "prefix": "#", "cleanup": True}), "of a kind"),
     (lambda f: change(f / "tokenizer_config.json", eos_token=None, pad_token=None)
      or rename_token(f / "tokenizer.json", "<|endoftext|>", "<|ende|>"), "no eos token"),
@@ -415,6 +423,10 @@ def test_what_is_no_tokenizer_ends_in_one_sentence(tmp_path, spoil, said):
 
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), "utf-8")
+
+
+def change_model(path, **values):
+    change(path, model={**json.loads(path.read_text("utf-8"))["model"], **values})
 
 
 def rename_token(path, old, new):
@@ -546,7 +558,10 @@ def edit_weights(folder, change):
     (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "full_attention"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
     (dict(hidden_size=None), "hidden_size missing"), (dict(num_key_value_heads=3), "n_kv_heads (3) must divide"),
-    (dict(num_hidden_layers="2"), "config.json"), (dict(vocab_size=300), "embeds 300"),
+    (dict(num_hidden_layers="2"), "num_hidden_layers is '2'"), (dict(num_hidden_layers=10**12), "layers"),
+    (dict(max_position_embeddings=10**12), "max_position"), (dict(model_type=[]), "model_type"),
+    (dict(hidden_size=32.0), "hidden_size is 32.0"), (dict(rope_scaling="x"), "rope_scaling is"),
+    (dict(rope_scaling={**LLAMA3, "factor": "8"}), "factor is"), (dict(layer_types=[{}]), "layer_types has {}"), (dict(vocab_size=300), "embeds 300"),
     (dict(intermediate_size=64), "[48, 32] instead of [64, 32] and 3 more"),
     (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight not expected"),
     (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight missing"),

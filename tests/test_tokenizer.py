@@ -178,6 +178,13 @@ def test_missing_and_broken_files_end_in_one_sentence(tmp_path, name, content, s
     assert said in str(error.value) and str(error.value).startswith(path) and "\n" not in str(error.value)
 
 
+def test_a_piece_that_is_no_utf8_ends_in_one_sentence(tok, tmp_path):
+    with open(tok.name, "rb") as f:
+        (tmp_path / "bad.model").write_bytes(f.read().replace("猫".encode(), b"\xe7\x8c("))
+    with pytest.raises(SystemExit, match="bad.model: not a whole sentencepiece model"):
+        tokenizer.load(str(tmp_path / "bad.model"))
+
+
 def test_no_network_for_gpt2_ends_in_one_sentence(monkeypatch):
     import tiktoken
 
