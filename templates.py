@@ -108,8 +108,9 @@ TEMPLATES = [
     OURS, CHATML, LLAMA3, MISTRAL, ZEPHYR, HUMAN, QUESTION,
     CHATML._replace(name="Qwen3", no_thoughts=NO_THOUGHTS),
     CHATML._replace(name="Qwen3 of TRL", header=CHATML.header + NO_THOUGHTS),
-    MISTRAL._replace(name="Mistral 0.2", user=" [INST] {} [/INST]", strip=()),
-    MISTRAL._replace(name="Mistral 0.1", user="[INST] {} [/INST]", answer="{}{eos}", strip=()),
+    MISTRAL._replace(name="Mistral 0.2", marks=(), user=" [INST] {} [/INST]", strip=()),
+    MISTRAL._replace(name="Mistral 0.1", marks=(), user="[INST] {} [/INST]", answer="{}{eos}",
+                     strip=()),
     MISTRAL._replace(name="Mistral Nemo", user="[INST]{}[/INST]", answer="{}{eos}", strip=())]
 
 
@@ -121,13 +122,14 @@ def find(controls, tokens, jinja, otherwise):
     controls: its control tokens; tokens: {"{bos}": text, "{eos}": text}; jinja: "" if there is
     none; otherwise: the template of a vocabulary that shows no sign of any.
     """
+    possible = [template for template in TEMPLATES if controls.keys() >= set(template.marks)]
     if jinja:
-        return of_jinja(jinja, tokens)
-    return next((t for t in TEMPLATES if t.marks and set(t.marks) <= controls.keys()), otherwise)
+        return of_jinja(jinja, possible, tokens)
+    return next((template for template in possible if template.marks), otherwise)
 
 
-def of_jinja(source, tokens):
-    """The template that writes dialogues as a Jinja template does; None where there is none.
+def of_jinja(source, possible, tokens):
+    """The possible template that writes dialogues as a Jinja template does; None if none does.
 
     tokens: {"{bos}": text, "{eos}": text}. The texts around a system text are read from what it
     renders. It may refuse a system text, or put it elsewhere in a longer dialogue, as Mistral's.
@@ -161,7 +163,7 @@ def of_jinja(source, tokens):
     expected = [render(*sample) for sample in samples]
     if None in expected[:2]:
         return None
-    for template in TEMPLATES:
+    for template in possible:
         if template.system:
             text = template.turns([system])[0]["content"]
             default, given = (

@@ -339,9 +339,23 @@ def test_a_template_that_is_not_known_is_refused_where_chat_is_wanted(tmp_path, 
     byte_level(tmp_path, chat_template=jinja)
     ours = tokenizer.load(str(tmp_path))
     assert ours.template is None and ours.stop_ids == {ours.eos_id} and ours.decode(ours.encode("你好")) == "你好"
+    byte_level(tmp_path / "text", controls=["<|endoftext|>"], chat_template=CHATML)     # nothing would end an answer
+    assert tokenizer.load(str(tmp_path / "text")).template is None
     for call in ours.prompt, ours.render:
         sentence = refused(call, [{"role": "user", "content": "x"}])
         assert sentence.startswith(str(tmp_path)) and "chat template" in sentence and "Llama 3" in sentence
+
+
+def test_a_system_text_that_a_template_refuses_joins_the_question(tmp_path):
+    jinja = ("{{ bos_token }}{% for m in messages %}"
+             "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+             "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + eos_token }}{% endfor %}")
+    theirs = metaspace(tmp_path, chat_template=jinja)
+    ours = tokenizer.load(str(tmp_path))
+    assert ours.template.name == "Mistral 0.1"
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    joined = [{"role": "user", "content": "a\n\nb"}]
+    assert ours.prompt(messages) == theirs.apply_chat_template(joined, return_dict=False)
 
 
 def test_named_templates_and_files_of_templates(tmp_path):
