@@ -204,10 +204,11 @@ def whole_characters(text):
 
 # ---- sentencepiece ------------------------------------------------------------------------------
 
-def from_sentencepiece(path, folder=None):
+def from_sentencepiece(path, folder="", spec=None):
     """Read a sentencepiece file: one with our control tokens, or a plain one such as ChatGLM2's.
 
-    folder: the Hugging Face folder that holds it, which may have a chat template.
+    folder: the Hugging Face folder that holds it, which may have a chat template; spec: what its
+    tokenizer.json holds.
     """
     import sentencepiece
     try:
@@ -229,12 +230,13 @@ def from_sentencepiece(path, folder=None):
     controls = {piece: id for piece, id in id_of.items() if sp.is_control(id)}
     bos_id = sp.bos_id() if sp.bos_id() >= 0 else sp.eos_id()
     tokens = {"{bos}": sp.id_to_piece(bos_id), "{eos}": sp.id_to_piece(sp.eos_id())}
-    template = templates.find(controls, tokens, chat_template(folder), templates.QUESTION)
+    template = templates.find(controls, tokens, chat_template(folder) if folder else "",
+                              templates.QUESTION)
     encode_batch, dummy_space = lambda texts: sp.encode(texts, num_threads=1), ""
     if template is templates.OURS and "<0x00>" in id_of:
         encode_batch = exact_encoder(sp, id_of)
     elif sp.id_to_piece(sp.encode("a")[0]).startswith(SPACE):
-        dummy_space = dummy_space_of(read_json(f"{folder}/tokenizer.json"))
+        dummy_space = dummy_space_of(spec or {})
     if n == 64_789:
         pieces += [b""] * 4                     # ChatGLM2 has [MASK], [gMASK], [sMASK], sop on top
     return Tokenizer(
@@ -344,7 +346,7 @@ def from_folder(folder):
     added = added_tokens(folder, spec)
     path = f"{folder}/tokenizer.model"
     if os.path.exists(path) and not (spec and is_rank_file(path)):         # as Llama 3's is
-        tok = from_sentencepiece(path, folder)
+        tok = from_sentencepiece(path, folder, spec)
         if all(token["id"] < tok.vocab_size for token in added.values()):
             return tok
     if not spec:

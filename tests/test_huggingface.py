@@ -329,6 +329,8 @@ def test_without_a_jinja_template_the_control_tokens_decide(tmp_path):
         make, _, options, _ = CHATS[chat]
         make(tmp_path / chat, **options, chat_template=None)
         assert tokenizer.load(str(tmp_path / chat)).template is expected
+    byte_level(tmp_path / "half", controls=["<|endoftext|>", "<|im_end|>"], chat_template=None)
+    assert tokenizer.load(str(tmp_path / "half")).template is templates.HUMAN
 
 
 @pytest.mark.parametrize("jinja", [
