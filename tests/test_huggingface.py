@@ -1,4 +1,5 @@
 """Models and tokenizers of others: Hugging Face folders against `transformers`, and baby-llama2-chinese's files."""
+import hashlib
 import json
 import math
 import random
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -380,6 +382,27 @@ def test_a_folder_without_configuration_has_the_eos_that_its_tokens_leave_no_dou
         assert (ours.bos_id, ours.eos_id) == expected
     byte_level(tmp_path, controls=["<|endoftext|>", "</s>"], eos=None, pad_token=None)
     assert "no eos token" in refused(tokenizer.load, str(tmp_path))
+
+
+@pytest.mark.parametrize("jinja", [ZEPHYR, MISTRAL_02], ids=["TinyLlama", "Mistral 0.2"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_chat_model_with_a_sentencepiece_file_is_trained_on_the_same_ids(tmp_path, jinja, first):
+    metaspace(tmp_path, first=first, chat_template=jinja)
+    with open(tmp_path / "tokenizer.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts()), model_writer=f, model_type="bpe", vocab_size=420, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = [sp.id_to_piece(id) for id in range(len(sp))]
+    scores = {piece: sp.get_score(id) for id, piece in enumerate(pieces) if id >= 259}
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))   # the same vocabulary in the other form
+    spec["model"] |= {"vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": export.merges(scores)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    ours, theirs = tokenizer.load(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in dialogues(12):
+        assert ours.render(messages)[0] == theirs.apply_chat_template(messages, **OPTIONS)
+    with open(tmp_path / "tokenizer.model", "rb") as f:
+        assert ours.sha256 == hashlib.sha256(f.read()).hexdigest()         # that is what was read
 
 
 def test_an_answer_that_is_not_trained_on(tmp_path):
