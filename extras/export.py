@@ -19,7 +19,7 @@ import torch
 import checkpoints
 import templates
 import tokenizer as tokenizers
-from extras.huggingface import their_name
+from extras.huggingface import SHAPE, their_name
 from model import Model, scaled
 
 checkpoint = "out/sft/best.pt"  # of pretrain.py or sft.py
@@ -190,11 +190,8 @@ def jinja(template):
 def config_json(shape, tok):
     """config.json, with the names that transformers 4 and 5 both read."""
     name, scaling = architecture(shape), shape["rope_scaling"]
-    names = dict(vocab_size="vocab_size", dim="hidden_size", hidden_dim="intermediate_size",
-                 n_layers="num_hidden_layers", n_heads="num_attention_heads", head_dim="head_dim",
-                 n_kv_heads="num_key_value_heads", max_seq_len="max_position_embeddings",
-                 norm_eps="rms_norm_eps", rope_theta="rope_theta",
-                 tie_embeddings="tie_word_embeddings")
+    names = {**SHAPE, "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+             "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
     return {
         "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(),
         **{theirs: shape[ours] for ours, theirs in names.items()},
@@ -211,13 +208,12 @@ def model_card(saved, model):
                "validation loss, nats per token": saved.get("val_loss"),
                "validation loss, bits per byte of text": saved.get("val_bpb")}
 
+    figures = {name: round(value, 4) if isinstance(value, float) else value
+               for name, value in figures.items()}
+
     def rows(table):
-        text = ""
-        for name, value in table.items():
-            if value is not None:
-                text += f"| {name} | {value:.4f} |\n" if type(value) is float and \
-                    table is figures else f"| {name} | {value} |\n"
-        return text
+        return "".join(f"| {name} | {value} |\n" for name, value in table.items()
+                       if value is not None)
 
     return f"""---
 library_name: transformers
@@ -267,8 +263,11 @@ def tokenizer_files(saved, tok):
 
 
 def copied_files(tok, stage):
-    """The tokenizer's files of a folder, with our chat template; a base model of a vocabulary whose
-    answers end like documents has none, so that it is not taken for a chat model."""
+    """{name: bytes} of the tokenizer's files in a folder, with the template that was trained.
+
+    A base model whose answers would end like documents gets no template: it would be taken for a
+    chat model.
+    """
     files = {name: read(f"{tok.name}/{name}") for name in TOKENIZER_FILES
              if os.path.exists(f"{tok.name}/{name}")}
     if not files:

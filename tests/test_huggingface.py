@@ -250,6 +250,8 @@ def test_a_chat_model_ends_its_turns_with_one_token_and_documents_with_another(
     byte_level(tmp_path, eos="<|im_end|>")
     tok, base = tokenizer.load(str(tmp_path)), vocabularies["byte-level"][0]
     assert (tok.bos_id, tok.eos_id, tok.end_id, tok.sha256) == (320, 320, 322, base.sha256)
+    rename_token(tmp_path / "tokenizer.json", '"<think>"', '"<reason>"')   # another vocabulary
+    assert tokenizer.load(str(tmp_path)).sha256 != base.sha256
 
 
 def test_a_control_token_that_its_file_does_not_call_special_is_one(tmp_path):
