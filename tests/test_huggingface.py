@@ -905,6 +905,8 @@ def test_a_template_decides_what_is_a_chat_model_where_turns_end_like_documents(
     for eos, stage in ((320, "pretrain"), ([320, 324], "sft")):
         save_model(tmp_path / "llama", "Llama", eos_token_id=eos)
         assert loaded(tmp_path / "llama")["stage"] == stage
+    (tmp_path / "llama/generation_config.json").unlink()                 # config.json says so, too
+    assert loaded(tmp_path / "llama")["stage"] == "sft"
 
 
 def test_preparing_with_an_unknown_chat_template_is_refused_before_the_work(tmp_path, monkeypatch):
