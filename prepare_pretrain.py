@@ -54,11 +54,6 @@ def begin(tokenizer, hashing):
     worker_tokenizer, worker_hashing = load(tokenizer), hashing
 
 
-def id_type(tok):
-    """The type of the ids in the bins: 16 bits where the vocabulary fits."""
-    return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
-
-
 def encode_batch(batch):
     """[(input number, corpus name, place, record)] -> (ids, documents, signatures, dropped).
 
@@ -86,7 +81,7 @@ def encode_batch(batch):
     minima = None
     if worker_hashing:
         minima = signatures(texts, documents["hash"], **worker_hashing)
-    return np.array(all_ids, id_type(worker_tokenizer)), documents, minima, dropped
+    return np.array(all_ids, worker_tokenizer.id_dtype), documents, minima, dropped
 
 
 def encode(tok, text):
@@ -316,7 +311,7 @@ def main():
                              f"{val['documents']} into val.bin; both bins need one")
         meta = {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": id_type(tok).name, "seed": seed, "train": train, "val": val,
+                "dtype": tok.id_dtype, "seed": seed, "train": train, "val": val,
                 "corpora": rows}
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
         # The files are renamed from the last to the first: meta.json proves that the bins are whole
@@ -326,8 +321,8 @@ def main():
             val_bin = config.Checksum(val_file)
             train_bin = config.Checksum(train_file)
             goes_to_val = in_val[order]
-            write_bin(val_bin, ids_file, id_type(tok), documents, order[goes_to_val])
-            write_bin(train_bin, ids_file, id_type(tok), documents, order[~goes_to_val])
+            write_bin(val_bin, ids_file, tok.id_dtype, documents, order[goes_to_val])
+            write_bin(train_bin, ids_file, tok.id_dtype, documents, order[~goes_to_val])
             meta["crc32"] = {"val.bin": val_bin.crc32, "train.bin": train_bin.crc32}
             json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote train.bin, val.bin and meta.json to {data_dir}")

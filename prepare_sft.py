@@ -34,7 +34,7 @@ import config
 from cleaning import hash64
 from corpora import CHAT, PREFERENCE, Bad, batches, raw_records, read, sources
 from readers import in_order, interruptible, print_report
-from tokenizer import CHATML, load
+from tokenizer import load
 
 corpora        = "messages:data/demo/chat.jsonl"  # name:path,name:path; see python corpora.py
 tokenizer      = "data/tokenizer.model"           # the one that the model was pretrained with
@@ -111,15 +111,10 @@ def example(dialogues, by_dialogue=False):
             rendered, augmented = fitting, True
     if not all(any(mask) for _, mask in rendered):
         raise Bad("no target")
-    dtype = id_type(worker_tokenizer)
+    dtype = worker_tokenizer.id_dtype
     return {"key": key, "split": split, "dialogues": kept, "augmented": augmented,
             "shortened": len(kept[0]) < len(dialogues[0]),
             "rendered": [(np.array(ids, dtype), np.array(mask, "u1")) for ids, mask in rendered]}
-
-
-def id_type(tok):
-    """The type of the ids in the bins: 16 bits where the vocabulary fits."""
-    return np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
 
 
 def check_lengths(dialogues):
@@ -286,9 +281,8 @@ def print_figures(rows):
 def print_examples(tok, shown):
     """Print examples with the tokens that count in the loss highlighted."""
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
-    start, end = (None, "<|end|>") if tok.start_id is None else CHATML
-    names = {tok.bos_id: "<bos>", tok.eos_id: "<eos>", tok.start_id: start, tok.end_id: end}
-    names |= {id: f"<|{role}|>" for role, id in (tok.roles or {}).items()}
+    names = {id: text for text, id in tok.controls.items()}
+    names |= {tok.bos_id: "<bos>", tok.eos_id: "<eos>"}
     for ids, mask in shown:
         ids, mask = ids.tolist(), mask.tolist()
         print(f"\n--- an example of {len(ids)} tokens, of which {sum(mask)} count in the loss, "
@@ -315,6 +309,7 @@ def check_constants():
 def main():
     check_constants()
     inputs, tok = sources(corpora, TABLE), load(tokenizer)
+    tok.prompt([])                             # refuses a chat template that is not known
     pairs = {name in PREFERENCE for _, name, _ in inputs}
     if len(pairs) == 2:
         raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
@@ -339,7 +334,7 @@ def main():
             raise SystemExit(f"{corpora}: no dialogue is left to train on")
         meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": id_type(tok).name, "pairs": pairs == {True}, "seed": seed,
+                "dtype": tok.id_dtype, "pairs": pairs == {True}, "seed": seed,
                 "max_seq_len": max_seq_len,
                 "longest": max(row["longest"] for row in splits.values()),
                 **splits, "corpora": by_corpus,

@@ -1,22 +1,28 @@
-"""Text <-> token ids, and the chat template with its loss mask. No tensors and no training in here.
+"""Text <-> token ids, and dialogues with their loss mask. No tensors and no training in here.
 
 `load(name)` takes five kinds of vocabulary and gives back the same few methods for each:
 
-    data/tokenizer.model  sentencepiece, made by train_tokenizer.py: a control token for every role and for the end
-                          of a turn, identity normalisation, byte fallback, so decode(encode(text)) == text
-    other *.model         any other sentencepiece file, for example ChatGLM2's: recognised by its content
-    gpt2, cl100k_base     a tiktoken encoding by its name; tiktoken downloads the ranks at the first use
-    *.tiktoken            a local file of such ranks, one "base64(bytes) rank" per line, split as GPT-2 splits
-    a folder              of Hugging Face: its tokenizer.model (sentencepiece) or, through `tokenizers`, tokenizer.json
+    data/tokenizer.model  sentencepiece, made by train_tokenizer.py: a control token for every role
+                          and for the end of a turn, identity normalisation, byte fallback, so that
+                          decode(encode(text)) == text
+    other *.model         any other sentencepiece file, such as ChatGLM2's: known by its content
+    gpt2, cl100k_base     a tiktoken encoding by its name; tiktoken downloads it at the first use
+    *.tiktoken            a local file of such ranks, one "base64(bytes) rank" per line, split as
+                          GPT-2 splits
+    a folder              of Hugging Face: its tokenizer.model (sentencepiece) or, through
+                          `tokenizers`, tokenizer.json
 
-A dialogue is a list of {"role": "system" | "user" | "assistant", "content": str} and becomes one of
+A dialogue becomes one of these, by the table in templates.py:
 
     <s><|user|>你好<|end|><|assistant|>你好！<|end|>        our own models
-    你好<bos>你好！<eos>                                    other sentencepiece files, as baby-llama2-chinese writes it
+    你好<bos>你好！<eos>                                    other sentencepiece files
     Human: 你好\nAssistant: 你好！<eos>                     tiktoken, and any other tokenizer.json
-    <|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n你好！<|im_end|>       those that have both (Qwen)
+    <|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n你好！<|im_end|>\n
+                                                           folders that have a chat template or its
+                                                           control tokens: in their way
 
-What users and data say is encoded as plain text: no string, not even "<|end|>", turns into a control token.
+What users and data say is encoded as plain text: no string, not even "<|end|>", turns into a
+control token.
 """
 import base64
 import codecs
@@ -25,17 +31,26 @@ import json
 import os
 import re
 
-CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]   # ids 4 to 7 of our own models
-CHATML = ["<|im_start|>", "<|im_end|>"]                             # around every turn in Qwen's vocabularies, for one
-SPACE = "\u2581"                                                    # sentencepiece writes a space as this character
+import templates
+
+CONTROLS = list(templates.OURS.marks)               # ids 4 to 7 of our own models
+SPACE = "\u2581"                                    # sentencepiece writes a space as this character
 # How GPT-2 cuts a text into words before it merges bytes. Source: openai/gpt-2, src/encoder.py.
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+              r"|\s+(?!\S)|\s+")
+# The end of a document, by its name in Qwen's and GPT-2's, Llama 3's and Llama 2's vocabularies.
+DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
+DOCUMENT_STARTS = ["<|begin_of_text|>", "<s>"]
+OTHER_KIND = ("{}/tokenizer.json: of a kind that is not read here, neither byte-level nor with "
+              "U+2581 for spaces")
+MARKS = {mark for template in templates.TEMPLATES for mark in template.marks}
 
 
 def load(name):
     """The Tokenizer that a file name or a tiktoken encoding name stands for.
 
-    Raises SystemExit with one sentence if the file is missing or broken, or the encoding cannot be had.
+    Raises SystemExit with one sentence if the file is missing or broken, or the encoding cannot be
+    had.
     """
     if os.path.isdir(name):
         return from_folder(name)
@@ -47,28 +62,38 @@ def load(name):
 
 
 class Tokenizer:
-    """A vocabulary: what load() gives, whatever it was read from. A worker process loads its own by name.
+    """A vocabulary: what load() gives, whatever it was read from.
 
-    name         as given to load()
-    sha256       hex digest of the file, or of the ranks of a tiktoken encoding: the same ids, the same digest
+    name         as given to load(); a worker process loads its own by this name
+    sha256       hex digest of the vocabulary: the same ids, the same digest
     vocab_size   number of ids: all of them are below it
-    pieces       list of vocab_size bytes: the UTF-8 that each id stands for, b"" for control tokens
+    pieces       list of vocab_size bytes: the UTF-8 of each id, b"" for control tokens
+    controls     {text: id} of the control tokens
     bos_id, eos_id, pad_id
-    roles        {role: id}, the control tokens of our own models; None where a vocabulary has none
-    end_id       the control token behind every turn, in our own models and in ChatML; None where there is none
-    start_id     that before every turn in ChatML, else None
-    turn         the text before and after a user's turn and the ids behind it, where there are no such tokens
-    stop_ids     set of the ids that end an assistant's turn; eos_id is one of them
+    template     of dialogues, from templates.py; None: the folder has one that is not known there
+    end_id       what ends an answer
+    stop_ids     set of the ids at which generation ends: end_id and eos_id
+    dummy_space  where encoding puts a space that the text does not have: "always" before text,
+                 also behind a control token; "first" at the very beginning only; "" nowhere
     """
 
-    def __init__(self, name, sha256, pieces, bos_id, eos_id, pad_id, encode_batch, roles=None, end_id=None,
-                 start_id=None, turn=None, dummy_space=False):
+    def __init__(self, name, sha256, pieces, controls, bos_id, eos_id, pad_id, encode_batch,
+                 template, dummy_space=""):
         self.name, self.sha256, self.pieces, self.vocab_size = name, sha256, pieces, len(pieces)
-        self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
-        self.roles, self.end_id, self.start_id, self.turn = roles, end_id, start_id, turn
-        self.stop_ids = {eos_id} if end_id is None else {eos_id, end_id}
-        self.dummy_space = dummy_space          # sentencepiece put a space before the text: decode takes it away
+        self.controls, self.bos_id, self.eos_id, self.pad_id = controls, bos_id, eos_id, pad_id
+        self.template, self.dummy_space = template, dummy_space
         self._encode_batch = encode_batch       # list of str -> list of lists of ids, on one core
+        ids = {**controls, "{bos}": bos_id, "{eos}": eos_id}
+        forms = "".join(map(str, template or ""))
+        self._ids = {text: id for text, id in ids.items() if text in forms}
+        self._in_forms = re.compile(f"({'|'.join(map(re.escape, ['{}', *self._ids]))})")
+        self.end_id = ids[self._in_forms.findall(template.answer)[-1]] if template else eos_id
+        self.stop_ids = {eos_id, self.end_id}
+
+    @property
+    def id_dtype(self):
+        """The numpy type of ids in bins: two bytes where all ids fit, else four."""
+        return "uint16" if self.vocab_size <= 65_536 else "uint32"
 
     def encode(self, text):
         """The ids of a text, without bos or eos; never a control token."""
@@ -79,70 +104,77 @@ class Tokenizer:
         return self._encode_batch([whole_characters(text) for text in texts])
 
     def piece(self, id):
-        """The bytes of an id; none behind the vocabulary, where a model may have rows for ids that do not exist."""
+        """The bytes of an id; none beyond the vocabulary, where a model may have unused rows."""
         return self.pieces[id] if id < self.vocab_size else b""
 
     def decode(self, ids):
         """The text of the ids. Control tokens vanish; bytes that are no UTF-8 become U+FFFD."""
         data = b"".join(map(self.piece, ids))
-        return (data[1:] if self.dummy_space and data[:1] == b" " else data).decode("utf-8", "replace")
+        if self.dummy_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
 
     def render(self, messages):
         """A whole dialogue for fine-tuning: (ids, mask), two lists of the same length.
 
-        mask is 1 on the content of every assistant turn and on the token that ends it, and 0 on everything else;
-        a message {"train": False} is not trained on.
+        mask is 1 on the content of every assistant turn and on the token that ends it, and 0 on
+        everything else; a message {"train": False} is not trained on.
         It belongs to the token as target: the loss of predicting ids[i] counts where mask[i] is 1.
+        Raises SystemExit if the template is not known.
         """
         ids, mask = [], []
         for part, counts in self._parts(messages):
             ids += part
-            mask += [counts] * len(part)
+            mask += [int(counts)] * len(part)
         return ids, mask
 
     def prompt(self, messages):
-        """The ids to generate an answer from: the dialogue, then the header of the assistant's turn.
+        """The ids to generate an answer from: the dialogue, then the header of the answer.
 
-        render(messages + [answer]) begins with them.
+        render(messages + [answer]) begins with them. Raises SystemExit as render() does.
         """
-        *asked, (part, counts) = self._parts(messages + [{"role": "assistant", "content": ""}])
-        assert counts                                               # the last part is the empty answer with its end
-        return [id for part, _ in asked for id in part]
+        return [id for part, _ in self._parts(messages, ask=True) for id in part]
 
-    def _parts(self, messages):
-        """The pieces of a dialogue in order, as (ids, 1 if the loss counts on them, else 0)."""
-        contents = self.encode_batch([message["content"] for message in messages])
-        if self.roles:
-            yield [self.bos_id], 0
-            for message, content in zip(messages, contents):
-                yield [self.roles[message["role"]]], 0
-                yield content + [self.end_id], int(message["role"] == "assistant" and message.get("train", True))
-            return
-        if self.start_id is not None:
-            for i, (message, content) in enumerate(zip(messages, contents)):
-                answers, line = message["role"] == "assistant", self.encode("\n") if i else []
-                role = self.encode(message["role"] + "\n" + message["content"] * (not answers))
-                yield line + [self.start_id] + role + [self.end_id] * (not answers), 0
-                if answers:
-                    yield content + [self.end_id], int(message.get("train", True))
-            return
-        before, after, then = self.turn
-        asked = []                              # a system text, or a second user turn, joins the turn that it stands by
-        for message, content in zip(messages, contents):
-            if message["role"] != "assistant":
-                asked.append(message["content"])
-                continue
-            yield self.encode(before + "\n".join(asked) + after) + then, 0
-            yield content + [self.eos_id], int(message.get("train", True))
-            asked = []
-        if asked:
-            yield self.encode(before + "\n".join(asked)), 0
+    def _parts(self, messages, ask=False):
+        """Yield (ids, whether the loss counts on them): the pieces of a dialogue in order.
+
+        All text between two control tokens is encoded at once, as `transformers` does, except that
+        an answer begins with an id of its own: generation starts there.
+        """
+        if self.template is None:
+            known = ", ".join(template.name for template in templates.TEMPLATES)
+            raise SystemExit(
+                f"{self.name}: its chat template is none of those known here ({known}), so it can "
+                "continue texts, but not chat; to fine-tune it in the form `Human: ... Assistant: "
+                "...`, delete chat_template.jinja, or chat_template in tokenizer_config.json")
+        run, continues = "", False
+        for form, text, role, counts in self.template.written(messages, ask):
+            ids = []
+            if role == "assistant" and run:
+                yield self._encode_run(run, continues), False
+                run, continues = "", True
+            for piece in self._in_forms.split(form):
+                if piece in self._ids:
+                    ids += [*self._encode_run(run, continues), self._ids[piece]]
+                    run, continues = "", self.dummy_space == "first"
+                else:
+                    run += text if piece == "{}" else piece
+            yield ids, counts
+        yield self._encode_run(run, continues), False
+
+    def _encode_run(self, text, continues):
+        """The ids of text between control tokens; without a dummy space if it continues another."""
+        if continues and self.dummy_space:
+            other = "\ue000"                    # for private use, so that no piece holds it
+            return self.encode(other + text)[len(self.encode(other)):]
+        return self.encode(text) if text else []
 
 
 class StreamDecoder:
-    """Decodes one id at a time. The characters of all push() and flush() together are those of decode().
+    """Decodes one id at a time. All push() and flush() together give the characters of decode().
 
-    What is only part of a character waits for the rest. To continue a text, push the ids of that text first.
+    Bytes that are only part of a character wait for the rest. To continue a text, push its ids
+    first.
     """
 
     def __init__(self, tokenizer):
@@ -150,7 +182,7 @@ class StreamDecoder:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id):
-        """The characters that this id completes; "" while it is part of one, and for control tokens."""
+        """The characters that this id completes: "" for part of one, and for control tokens."""
         data = self.piece(id)
         if self.at_start and data:
             data, self.at_start = data.removeprefix(b" "), False
@@ -162,7 +194,7 @@ class StreamDecoder:
 
 
 def whole_characters(text):
-    """The text with every lone surrogate replaced by U+FFFD: those stand for no character and have no UTF-8."""
+    """The text with every lone surrogate, which stands for no character, replaced by U+FFFD."""
     try:
         text.encode("utf-8")
         return text
@@ -170,10 +202,14 @@ def whole_characters(text):
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-# ---- sentencepiece --------------------------------------------------------------------------------------------
+# ---- sentencepiece ------------------------------------------------------------------------------
 
-def from_sentencepiece(path):
-    """Read a sentencepiece file: with our control tokens, or a plain one such as ChatGLM2's or Llama 2's."""
+def from_sentencepiece(path, folder="", spec=None):
+    """Read a sentencepiece file: one with our control tokens, or a plain one such as ChatGLM2's.
+
+    folder: the Hugging Face folder that holds it, which may have a chat template; spec: what its
+    tokenizer.json holds.
+    """
     import sentencepiece
     try:
         with open(path, "rb") as f:
@@ -184,41 +220,53 @@ def from_sentencepiece(path):
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         n = sp.vocab_size() if data else 0
-    except (RuntimeError, TypeError, ValueError):
+        id_of = {sp.id_to_piece(id): id for id in range(n)}
+    except (RuntimeError, TypeError, ValueError):              # also a piece that is no UTF-8
         n = 0
     if not n or sp.eos_id() < 0:
-        raise SystemExit(f"{path}: not a whole sentencepiece model with an eos token ({len(data)} bytes); "
-                         "make it again with `python train_tokenizer.py`")
-    piece_id = {sp.id_to_piece(i): i for i in range(n)}
-    pieces = [piece_bytes(sp, i) for i in range(n)]
-    bos_id, pad_id = (i if i >= 0 else other for i, other in ((sp.bos_id(), sp.eos_id()), (sp.pad_id(), 0)))
-    common = dict(name=path, sha256=hashlib.sha256(data).hexdigest(), bos_id=bos_id, eos_id=sp.eos_id(), pad_id=pad_id)
+        raise SystemExit(f"{path}: not a whole sentencepiece model with an eos token ({len(data)} "
+                         "bytes); make it again with `python train_tokenizer.py`")
+    pieces = [piece_bytes(sp, id) for id in range(n)]
+    controls = {piece: id for piece, id in id_of.items() if sp.is_control(id)}
+    bos_id = sp.bos_id() if sp.bos_id() >= 0 else sp.eos_id()
+    tokens = {"{bos}": sp.id_to_piece(bos_id), "{eos}": sp.id_to_piece(sp.eos_id())}
+    template = templates.find(controls, tokens, chat_template(folder) if folder else "",
+                              templates.QUESTION)
+    encode_batch, dummy_space = lambda texts: sp.encode(texts, num_threads=1), ""
+    if template is templates.OURS and "<0x00>" in id_of:
+        encode_batch = exact_encoder(sp, id_of)
+    elif sp.id_to_piece(sp.encode("a")[0]).startswith(SPACE):
+        dummy_space = dummy_space_of(spec or {})
+    if n == 64_789:
+        pieces += [b""] * 4                     # ChatGLM2 has [MASK], [gMASK], [sMASK], sop on top
+    return Tokenizer(
+        folder or path, hashlib.sha256(data).hexdigest(), pieces, controls, bos_id, sp.eos_id(),
+        max(sp.pad_id(), 0), encode_batch, template, dummy_space)
 
-    def encode_batch(texts):
-        return sp.encode(texts, num_threads=1)
 
-    # sentencepiece cannot tell U+2581 from a space, nor write a space that its training text did not have: spell them
-    spelled = {SPACE: [piece_id.get(f"<0x{byte:02X}>") for byte in SPACE.encode()]}
-    if SPACE not in piece_id:
-        spelled[" "] = [piece_id.get("<0x20>")]
+def exact_encoder(sp, id_of):
+    """The encode_batch of our own models, which loses nothing.
+
+    sentencepiece cannot tell U+2581 from a space, and cannot write a space that its training text
+    did not have: both are spelled in bytes.
+    """
+    spelled = {SPACE: [id_of[f"<0x{byte:02X}>"] for byte in SPACE.encode()]}
+    if SPACE not in id_of:
+        spelled[" "] = [id_of["<0x20>"]]
     special = re.compile(f"([{''.join(spelled)}])")
 
-    def encode_batch_exactly(texts):
-        return [[id for part in special.split(text) for id in spelled.get(part) or sp.encode(part)]
-                if special.search(text) else ids for text, ids in zip(texts, encode_batch(texts))]
-
-    if all(c in piece_id and sp.is_control(piece_id[c]) for c in CONTROLS) and "<0x00>" in piece_id:
-        ids = [piece_id[c] for c in CONTROLS]
-        return Tokenizer(pieces=pieces, encode_batch=encode_batch_exactly, end_id=ids[3],
-                         roles=dict(zip(("system", "user", "assistant"), ids)), **common)
-    if n == 64_789:
-        pieces += [b""] * 4                     # ChatGLM2 keeps [MASK], [gMASK], [sMASK], sop behind its file
-    return Tokenizer(pieces=pieces, encode_batch=encode_batch, turn=("", "", [bos_id]),
-                     dummy_space=sp.id_to_piece(sp.encode("a")[0]).startswith(SPACE), **common)
+    def encode_batch(texts):
+        batch = sp.encode(texts, num_threads=1)
+        for i, text in enumerate(texts):
+            if special.search(text):
+                parts = special.split(text)
+                batch[i] = [id for part in parts for id in spelled.get(part) or sp.encode(part)]
+        return batch
+    return encode_batch
 
 
 def piece_bytes(sp, id):
-    """The UTF-8 that a sentencepiece id stands for; b"" for control tokens, <unk> and unused ids."""
+    """The UTF-8 that a sentencepiece id stands for; b"" for control, unknown and unused ids."""
     if sp.is_byte(id):
         return bytes([int(sp.id_to_piece(id)[3:5], 16)])
     if sp.is_control(id) or sp.is_unknown(id) or sp.is_unused(id):
@@ -226,7 +274,7 @@ def piece_bytes(sp, id):
     return sp.id_to_piece(id).replace(SPACE, " ").encode("utf-8")
 
 
-# ---- tiktoken -------------------------------------------------------------------------------------------------
+# ---- tiktoken -----------------------------------------------------------------------------------
 
 def from_tiktoken(name, encoding):
     """A tiktoken encoding; its <|endoftext|> is bos, eos and pad at once, as in GPT-2."""
@@ -236,28 +284,30 @@ def from_tiktoken(name, encoding):
             if not encoding.is_special_token(id):
                 pieces[id] = encoding.decode_single_token_bytes(id)
         except KeyError:
-            pass                                # some encodings leave ids between their special tokens unused
-    ranks = b"".join(b"%s %d\n" % (base64.b64encode(piece), id) for id, piece in enumerate(pieces) if piece)
+            pass                                # some encodings leave ids unused
+    ranks = (b"%s %d\n" % (base64.b64encode(piece), id) for id, piece in enumerate(pieces) if piece)
     end = encoding.eot_token
 
-    def encode_batch(texts):
-        return [encoding.encode_ordinary(text) for text in texts]           # "<|endoftext|>" is text like any other
+    def encode_batch(texts):                    # "<|endoftext|>" is text like any other
+        return [encoding.encode_ordinary(text) for text in texts]
 
-    return Tokenizer(name, hashlib.sha256(ranks).hexdigest(), pieces, end, end, end, encode_batch,
-                     turn=("Human: ", "\nAssistant: ", []))
+    return Tokenizer(name, hashlib.sha256(b"".join(ranks)).hexdigest(), pieces,
+                     {"<|endoftext|>": end}, end, end, end, encode_batch, templates.HUMAN)
 
 
 def named_encoding(name):
-    """The tiktoken encoding of that name; SystemExit if there is none, or its ranks cannot be downloaded."""
+    """The tiktoken encoding of that name; SystemExit if there is none, or it cannot be fetched."""
     import tiktoken
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise SystemExit(f"{name}: neither a file (*.model, *.tiktoken) nor a tiktoken encoding ({', '.join(known)})")
+        raise SystemExit(f"{name}: neither a file (*.model, *.tiktoken) nor a tiktoken encoding "
+                         f"({', '.join(known)})")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{name}: tiktoken could not fetch its vocabulary ({type(error).__name__}); it needs the "
-                         f"network once: try again online, or give a local {name}.tiktoken") from None
+        raise SystemExit(f"{name}: tiktoken could not fetch its vocabulary "
+                         f"({type(error).__name__}); it needs the network once: try again online, "
+                         f"or give a local {name}.tiktoken") from None
 
 
 def rank_file(path):
@@ -271,94 +321,159 @@ def rank_file(path):
                     piece, rank = line.split()
                     ranks[base64.b64decode(piece, validate=True)] = int(rank)
     except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}; a rank file holds one `base64(bytes) rank` per line, "
-                         "--tokenizer=gpt2 downloads GPT-2's") from None
+        raise SystemExit(f"{path}: {error.strerror}; a rank file holds one `base64(bytes) rank` "
+                         "per line, --tokenizer=gpt2 downloads GPT-2's") from None
     except ValueError:
-        raise SystemExit(f"{path}: line {number} is not `base64(bytes) rank`; download the file again") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise SystemExit(f"{path}: not a whole rank file: the ranks must be 0, 1, 2 ... without a gap and every "
-                         "single byte one of them; download the file again")
+        raise SystemExit(f"{path}: line {number} is not `base64(bytes) rank`; download the file "
+                         "again") from None
+    is_whole = sorted(ranks.values()) == list(range(len(ranks)))
+    if not is_whole or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise SystemExit(f"{path}: not a whole rank file: the ranks must be 0, 1, 2 ... without a "
+                         "gap and every single byte one of them; download the file again")
     return tiktoken.Encoding(os.path.basename(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
-# ---- Hugging Face folders -------------------------------------------------------------------------------------
+# ---- Hugging Face folders -----------------------------------------------------------------------
 
 def from_folder(folder):
-    """The tokenizer of a Hugging Face folder: tokenizer.model where that has all of its tokens, else tokenizer.json."""
+    """The tokenizer of a Hugging Face folder.
+
+    It is read from tokenizer.model where that has all of the folder's tokens, else from
+    tokenizer.json.
+    """
     spec = read_json(f"{folder}/tokenizer.json")
-    if os.path.exists(f"{folder}/tokenizer.model"):
-        tok = from_sentencepiece(f"{folder}/tokenizer.model")
-        if all(token["id"] < tok.vocab_size for token in spec.get("added_tokens", [])):
-            tok.name = folder
+    added = added_tokens(folder, spec)
+    path = f"{folder}/tokenizer.model"
+    if os.path.exists(path) and not (spec and is_rank_file(path)):         # as Llama 3's is
+        tok = from_sentencepiece(path, folder, spec)
+        if all(token["id"] < tok.vocab_size for token in added.values()):
             return tok
     if not spec:
-        raise SystemExit(f"{folder}: neither tokenizer.model nor tokenizer.json is there; name a folder that has one")
-    return from_tokenizer_json(folder, spec)
+        raise SystemExit(f"{folder}: neither tokenizer.model nor tokenizer.json is there; name a "
+                         "folder that has one")
+    return from_tokenizer_json(folder, spec, added)
 
 
-def from_tokenizer_json(folder, spec):
-    """Read a tokenizer.json: byte-level like Qwen's and Llama 3's, or with U+2581 for spaces like Llama 2's.
+def is_rank_file(path):
+    """Whether a file begins like tiktoken's: a piece in base64, and its rank."""
+    with open(path, "rb") as f:
+        return re.match(rb"[\w+/]+=* \d+\n", f.read(256)) is not None
 
-    The tokens that the folder names as bos, eos and pad, and those of ChatML, are control tokens whatever the file
-    calls them. Its other special tokens are, too; added tokens that are not special are text, as in `transformers`.
+
+def from_tokenizer_json(folder, spec, added):
+    """Read a tokenizer.json: byte-level, as Qwen's, or with U+2581 for spaces, as Llama 2's.
+
+    The tokens that the folder names as bos, eos and pad, and those of chat templates, are control
+    tokens whatever the file calls them. Its other special tokens are, too; added tokens that are
+    not special are text, as in `transformers`.
     """
-    try:
-        import tokenizers
-    except ImportError:
-        raise SystemExit(f"{folder}/tokenizer.json: pip install tokenizers to read it") from None
-    added = {token["content"]: token for token in spec.get("added_tokens", [])}
-    bos, eos, pad = (named_token(folder, kind, added) for kind in ("bos", "eos", "pad"))
+    bos, eos, pad = named_tokens(folder, added)
     if eos is None:
-        raise SystemExit(f"{folder}: its tokenizer_config.json and config.json name no eos token of tokenizer.json")
-    for name in {bos, eos, pad, *CHATML} & added.keys():
+        raise SystemExit(f"{folder}: its tokenizer_config.json and config.json name no eos token "
+                         "of tokenizer.json")
+    tokens = {"{bos}": bos or "", "{eos}": eos}
+    template = templates.find(added, tokens, chat_template(folder), templates.HUMAN)
+    if template and template.answer.endswith("{}" + eos):      # it ends a turn, but not a document
+        eos = next((name for name in DOCUMENT_ENDS if name in added), eos)
+    for name in {bos, eos, pad, *MARKS} & added.keys():
         added[name]["special"] = True
-    try:
-        theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:                  # tokenizers raises nothing more precise
-        raise SystemExit(f"{folder}/tokenizer.json: not read by tokenizers {tokenizers.__version__} ({error})") from None
-    theirs.no_truncation()
-    theirs.no_padding()
-    theirs.encode_special_tokens = True         # "<|im_end|>" in a text is text
+    backend = backend_of(folder, spec)
 
-    def encode_batch(texts):                    # its own encode_batch would take all cores
-        return [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    def encode_batch(texts):                    # the backend's own would take all cores
+        return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
-    vocabulary, byte_level = theirs.get_vocab(), '"ByteLevel"' in json.dumps(spec.get("decoder"))
+    vocabulary, byte_level = backend.get_vocab(), '"ByteLevel"' in json.dumps(spec.get("decoder"))
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for piece, id in vocabulary.items():
         if piece not in added:
             pieces[id] = json_piece_bytes(piece, byte_level)
         elif not added[piece]["special"]:
             pieces[id] = piece.encode("utf-8")
-    ids = {name: vocabulary[name] for name in added}
-    start_id, end_id = map(ids.get, CHATML) if set(CHATML) <= ids.keys() else (None, None)
-    if ids[eos] == end_id:                      # what ends a turn of a chat model does not end a document
-        eos = "<|endoftext|>" if "<|endoftext|>" in ids else eos
-    bos_id, eos_id, pad_id = (ids[name or eos] for name in (bos, eos, pad))
-    what = [spec.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")] + [bos_id, eos_id]
+    controls = {name: vocabulary[name] for name, token in added.items() if token["special"]}
+    bos_id, eos_id, pad_id = (controls[name or eos] for name in (bos, eos, pad))
+    content = [spec.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+    digest = hashlib.sha256(json.dumps([*content, bos_id, eos_id], sort_keys=True).encode())
     first = encode_batch(["a"])[0]
-    dummy_space = b"".join(pieces[id] for id in first)[:1] == b" " and theirs.decode(first)[:1] != " "
-    tok = Tokenizer(folder, hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), pieces, bos_id,
-                    eos_id, pad_id, encode_batch, end_id=end_id, start_id=start_id,
-                    turn=("Human: ", "\nAssistant: ", []), dummy_space=dummy_space)
+    has_dummy = b"".join(pieces[id] for id in first)[:1] == b" " and backend.decode(first) == "a"
+    tok = Tokenizer(folder, digest.hexdigest(), pieces, controls, bos_id, eos_id, pad_id,
+                    encode_batch, template, dummy_space_of(spec) if has_dummy else "")
     probe = tok.encode("Hello, 你好 é  x\n\n 1234 😀")
-    if tok.decode(probe) != theirs.decode(probe):
-        raise SystemExit(f"{folder}/tokenizer.json: of a kind that is not read here, neither byte-level nor with U+2581 "
-                         "for spaces")
+    if tok.decode(probe) != backend.decode(probe):
+        raise SystemExit(OTHER_KIND.format(folder))
     return tok
 
 
+def backend_of(folder, spec):
+    """The `tokenizers` object of a tokenizer.json; control tokens in a text are text to it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise SystemExit(f"{folder}/tokenizer.json: pip install tokenizers to read it") from None
+    model = spec.get("model")
+    if not isinstance(model, dict) or model.get("continuing_subword_prefix"):
+        raise SystemExit(OTHER_KIND.format(folder))            # tokenizers would abort on such BPE
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:                  # tokenizers raises nothing more precise
+        raise SystemExit(f"{folder}/tokenizer.json: not read by tokenizers "
+                         f"{tokenizers.__version__} ({error})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def dummy_space_of(spec):
+    """Where a tokenizer.json that puts spaces before texts does so; without one, everywhere."""
+    return "first" if '"first"' in json.dumps(spec.get("pre_tokenizer")) else "always"
+
+
+def added_tokens(folder, spec):
+    """{text: entry} of the added tokens of a tokenizer.json; SystemExit if they are none."""
+    entries = spec.get("added_tokens", [])
+    try:
+        return {token["content"] + "": token for token in entries if token["id"] >= 0}
+    except (TypeError, KeyError):
+        raise SystemExit(f"{folder}/tokenizer.json: its added_tokens are damaged; download it "
+                         "again") from None
+
+
+def named_tokens(folder, added):
+    """The texts of the bos, eos and pad token that the files of a folder name, each None if none.
+
+    If no file names an eos, those that other vocabularies use are taken where just one is there.
+    """
+    bos, eos, pad = (named_token(folder, kind, added) for kind in ("bos", "eos", "pad"))
+    ends = [name for name in DOCUMENT_ENDS if name in added]
+    if eos is None and len(ends) == 1:
+        return next((name for name in DOCUMENT_STARTS if name in added), bos), ends[0], pad
+    return bos, eos, pad
+
+
 def named_token(folder, kind, added):
-    """The text of the bos, eos or pad token that the files of a folder name; None if they name none of `added`."""
+    """The text of the bos, eos or pad token that a folder names; None if it is none of `added`."""
     for file in "tokenizer_config.json", "special_tokens_map.json":
         token = read_json(f"{folder}/{file}").get(f"{kind}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token in added:
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in added:
             return token
     ids = read_json(f"{folder}/config.json").get(f"{kind}_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     return next((name for name, token in added.items() if token["id"] in ids), None)
+
+
+def chat_template(folder):
+    """The Jinja source of a folder's chat template, "" if it has none."""
+    path = f"{folder}/chat_template.jinja"
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return f.read()
+    found = read_json(f"{folder}/tokenizer_config.json").get("chat_template")
+    for entry in found if isinstance(found, list) else []:     # several with names
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            found = entry.get("template")
+    return found if isinstance(found, str) else ""
 
 
 def json_piece_bytes(piece, byte_level):
@@ -370,10 +485,15 @@ def json_piece_bytes(piece, byte_level):
 
 
 def byte_characters():
-    """{character: byte} of byte-level vocabularies, which write a space as Ġ. Source: openai/gpt-2, src/encoder.py."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {**{chr(byte): byte for byte in shown}, **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
+    """{character: byte} of byte-level vocabularies, which write a space as Ġ.
+
+    Source: openai/gpt-2, src/encoder.py.
+    """
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+             *range(ord("®"), ord("ÿ") + 1)]
+    hidden = (byte for byte in range(256) if byte not in shown)
+    characters = {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return {**{chr(byte): byte for byte in shown}, **characters}
 
 
 BYTE_OF = byte_characters()

@@ -1,10 +1,10 @@
 """Import a model from elsewhere: its weights -> a checkpoint that every stage here takes.
 
     python -m extras.import_weights --source=Qwen3-0.6B --out=out/qwen3/best.pt
-    python -m extras.import_weights --source=epoch_4.pth --tokenizer=chatglm_tokenizer/tokenizer.model
+    python -m extras.import_weights --source=epoch_4.pth --tokenizer=chatglm/tokenizer.model
     python sample.py --checkpoint=out/imported/best.pt --prompt=你好
 
-The source is a Hugging Face folder of a Llama, Qwen2 or Qwen3 model, or a .pth file of
+The source is a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model, or a .pth file of
 baby-llama2-chinese. Such a file holds weights only: width, depth, vocabulary and key/value heads
 are read from them, the constants give the rest. Source: DLLXW/baby-llama2-chinese, model.py.
 """
@@ -20,10 +20,10 @@ import tokenizer as tokenizers
 from extras import huggingface
 from model import Model, ModelConfig
 
-source      = "Qwen3-0.6B"            # a Hugging Face folder, or a .pth file: torch.save(model.state_dict(), ...)
+source      = "Qwen3-0.6B"            # a Hugging Face folder, or a .pth: a saved state_dict()
 out         = "out/imported/best.pt"  # the checkpoint to write
-tokenizer   = ""                      # the one of the weights; empty: the folder's. A .pth needs its sentencepiece file
-stage       = ""                      # sft: it answers; pretrain: it continues text; empty: as a folder says, sft for a .pth
+tokenizer   = ""                      # of the weights; empty: the folder's, a .pth needs a name
+stage       = ""                      # sft: answers | pretrain: continues texts; empty: its own
 # of a .pth only, whose weights do not tell
 n_heads     = 8                       # query heads
 max_seq_len = 512                     # tokens of the longest context it was trained on
@@ -41,14 +41,14 @@ def read_pth():
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(f"{source}: cannot be read as weights ({reason})") from None
-    is_tensor = lambda w: isinstance(w, torch.Tensor)
-    if not isinstance(weights, dict) or not all(map(is_tensor, weights.values())):
+    if not isinstance(weights, dict) or \
+            not all(isinstance(w, torch.Tensor) for w in weights.values()):
         raise SystemExit(f"{source}: does not hold named tensors alone; "
                          "save the model's state_dict()")
     named = {}
     for name, w in weights.items():
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)     # prefixes of torch.compile and DDP
-        if name not in ("freqs_cos", "freqs_sin"):               # tables, computed from the positions
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)     # of torch.compile and DDP
+        if name not in ("freqs_cos", "freqs_sin"):               # tables of the positions
             named[".".join(PARTS.get(part, part) for part in name.split("."))] = w.float()
     return named
 
@@ -70,6 +70,8 @@ def baby_llama2(tok):
         missing = min(set(needed) - weights.keys())
         raise SystemExit(f"{source}: no weights of baby-llama2-chinese: {missing} missing")
     embedding, head, wk, w1 = (weights[name] for name in needed)
+    if any(weights[name].ndim != 2 for name in needed):
+        raise SystemExit(f"{source}: no weights of baby-llama2-chinese: not all are matrices")
     vocab_size, dim = embedding.shape
     if tok.vocab_size != vocab_size:
         raise SystemExit(f"{source}: has {vocab_size:,} tokens, but {tok.name} {tok.vocab_size:,}; "
@@ -77,17 +79,23 @@ def baby_llama2(tok):
     if dim % n_heads or len(wk) % (dim // n_heads):
         raise SystemExit(f"--n_heads={n_heads}: does not go with a width of {dim} and keys of "
                          f"{len(wk)}")
-    head_dim = dim // n_heads
-    for name in weights:
-        if name.endswith(("wq.weight", "wk.weight")):
-            weights[name] = halves(weights[name], head_dim)
+    head_dim, is_tied = dim // n_heads, head.equal(embedding)
+    if not is_tied:
+        print(f"{source}: output.weight differs from tok_embeddings.weight, while "
+              "baby-llama2-chinese has one for both: damaged, or untied by its owner")
     n_layers = sum(name.endswith("attention.wq.weight") for name in weights)
     try:
         shape = ModelConfig(vocab_size, dim, n_layers, n_heads, len(wk) // head_dim,
                             hidden_dim=len(w1), max_seq_len=max_seq_len, norm_eps=norm_eps,
-                            tie_embeddings=head.equal(embedding))
+                            tie_embeddings=is_tied)
     except ValueError as error:
         raise SystemExit(f"{source}: {error}") from None
+    for name, w in weights.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            if w.ndim != 2 or len(w) % head_dim:
+                raise SystemExit(f"{source}: {name} has the shape {list(w.shape)}, which is not of "
+                                 f"heads of {head_dim}")
+            weights[name] = halves(w, head_dim)
     return shape, weights
 
 
@@ -106,7 +114,7 @@ def main():
         shape, weights = baby_llama2(tok)
     try:
         model = Model.from_state(vars(shape), weights)
-    except RuntimeError as error:                                # a name or a size that does not fit
+    except RuntimeError as error:         # a name or a size that does not fit
         raise SystemExit(f"{source}: {' '.join(str(error).split())}") from None
     its_stage = stage or ("sft" if is_chat else "pretrain")
     checkpoints.save(out, {

@@ -138,8 +138,8 @@ def expected(exam, model, logits_of, tok, is_chat, name, examples, row, shots, b
             turns[0] = f"{first}\n\n{turns[0]}"
             ids = [tok.bos_id]
             for i, text in enumerate(turns):
-                ids += [tok.roles["assistant" if i % 2 else "user"], *tok.encode(text), tok.end_id]
-            ids.append(tok.roles["assistant"])
+                ids += [tok.controls["<|assistant|>" if i % 2 else "<|user|>"], *tok.encode(text), tok.end_id]
+            ids.append(tok.controls["<|assistant|>"])
         else:
             text = "\n\n".join([first, *(f"{q}{gap}{a}" for q, a in solved), asked(row)])
             ids = [tok.bos_id] + tok.encode(text)

@@ -1,4 +1,4 @@
-"""extras/export.py against transformers: its models and tokenizers read what was exported, and gguf's reader the rest."""
+"""extras/export.py: what transformers and gguf's reader read of an export."""
 import json
 import random
 import sys
@@ -14,27 +14,35 @@ import transformers
 from conftest import dialogue, import_weights, run, story
 
 import checkpoints
+import templates
 import tokenizer
 import train_tokenizer
 from extras import export
 from model import Model, ModelConfig, generate
 
-LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-KINDS = {"Llama": dict(n_kv_heads=2, norm_eps=1e-3), "Llama untied": dict(tie_embeddings=False, rope_theta=5e5),
-         "Llama scaled": dict(rope_scaling=LLAMA3, head_dim=12), "Qwen2": dict(qkv_bias=True, n_kv_heads=1),
-         "Qwen3": dict(qk_norm=True, head_dim=12, n_kv_heads=2)}
-TEXTS = ["", " ", "\n", "你好，世界！", "从前，小猫在河边唱歌。\n\n  第二段。", "a   b\t\tc  ",
-         "行\r\n行\r行\x0b\x0c\x85\u2028尾",
-         "👨‍👩‍👧‍👦🏳️‍🌈😀", "▁a▁▁ b▁", "\x00a\x01\x7f", "龘靐齉𠮷㐀 國語", "é e\u0301 ﬁ Ａ１①\ufeff\u200b\u00a0\u3000x",
-         "3.14159 1,000",
-         "def f(x):\n    if x:\n\t\treturn  [x] * 2  # <0x0A>\n", "x" * 500, " " * 40 + "哈" * 41]
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+KINDS = {
+    "Llama": dict(n_kv_heads=2, norm_eps=1e-3),
+    "Llama untied": dict(tie_embeddings=False, rope_theta=5e5), "Llama scaled": dict(
+        rope_scaling=LLAMA3, head_dim=12), "Qwen2": dict(
+            qkv_bias=True, n_kv_heads=1), "Qwen3": dict(qk_norm=True, head_dim=12, n_kv_heads=2)
+}
+TEXTS = [
+    "", " ", "\n", "你好，世界！", "从前，小猫在河边唱歌。\n\n  第二段。", "a   b\t\tc  ",
+    "行\r\n行\r行\x0b\x0c\x85\u2028尾", "👨‍👩‍👧‍👦🏳️‍🌈😀", "▁a▁▁ b▁", "\x00a\x01\x7f", "龘靐齉𠮷㐀 國語",
+    "é e\u0301 ﬁ Ａ１①\ufeff\u200b\u00a0\u3000x", "3.14159 1,000",
+    "def f(x):\n    if x:\n\t\treturn  [x] * 2  # <0x0A>\n", "x" * 500, " " * 40 + "哈" * 41
+]
 
 
 @pytest.fixture(scope="module")
 def spaced(tmp_path_factory):
-    """A tokenizer as train_tokenizer.py makes them, with pieces for spaces, runs of them, and words."""
+    """A tokenizer of train_tokenizer.py, with pieces for spaces, runs of them, and words."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("spaced") / "tokenizer.model"
-    texts = [story(rng, 3) + "\n    if a  ==  b:\n" + "hello world " * 3 + "哈哈哈哈哈" for _ in range(60)]
+    texts = [
+        story(rng, 3) + "\n    if a  ==  b:\n" + "hello world " * 3 + "哈哈哈哈哈" for _ in range(60)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tokenizer, "vocab_size", 460)
         path.write_bytes(train_tokenizer.train(texts))
@@ -46,15 +54,18 @@ def exported(tok, tmp_path, monkeypatch):
     """exported(out, ...) -> (path of the export of a random network, the network)."""
     def call(out="hf", tok=tok, stage="sft", dtype="f32", **options):
         torch.manual_seed(0)
-        model = Model(ModelConfig(**{**dict(vocab_size=tok.vocab_size, dim=32, n_layers=2, n_heads=4, hidden_dim=48,
-                                            max_seq_len=96), **options})).eval()
+        sizes = dict(vocab_size=tok.vocab_size, dim=32, n_layers=2, n_heads=4, hidden_dim=48,
+                     max_seq_len=96)
+        model = Model(ModelConfig(**{**sizes, **options})).eval()
         for p in model.parameters():
             torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
-        checkpoints.save(str(tmp_path / "best.pt"), {
-            "stage": stage, "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
-            "tokenizer_sha256": tok.sha256, "step": 1234, "val_loss": 2.34567, "val_bpb": 1.01234,
-            "constants": {"muon_lr": 0.00567}})
-        for name, value in dict(checkpoint=str(tmp_path / "best.pt"), out=str(tmp_path / out), dtype=dtype).items():
+        checkpoints.save(
+            str(tmp_path / "best.pt"), {
+                "stage": stage, "model": model.state_dict(), "shape": vars(model.config),
+                "tokenizer": tok.name, "tokenizer_sha256": tok.sha256, "step": 1234,
+                "val_loss": 2.34567, "val_bpb": 1.01234, "constants": {"muon_lr": 0.00567}})
+        for name, value in dict(checkpoint=str(tmp_path / "best.pt"), out=str(tmp_path / out),
+                                dtype=dtype).items():
             monkeypatch.setattr(export, name, value)
         export.main()
         return tmp_path / out, model
@@ -62,23 +73,28 @@ def exported(tok, tmp_path, monkeypatch):
 
 
 def rows(model):
-    return torch.randint(model.config.vocab_size, (3, 60), generator=torch.Generator().manual_seed(1))
+    return torch.randint(model.config.vocab_size, (3, 60),
+                         generator=torch.Generator().manual_seed(1))
 
 
-# ---- Hugging Face ---------------------------------------------------------------------------------------------
+# ---- Hugging Face --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_computes_the_same_logits_and_greedy_text(exported, tok, kind):
     folder, model = exported(**KINDS[kind])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(theirs).__name__ == kind.split()[0] + "ForCausalLM" and theirs.dtype == torch.float32
+    assert type(theirs).__name__ == kind.split()[0] + "ForCausalLM"
+    assert theirs.dtype == torch.float32
     with torch.no_grad():
         ours, expected = model(rows(model)), theirs(rows(model)).logits
         assert expected.std() > 0.5
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
         prompt = tok.prompt([{"role": "user", "content": "小猫在河边吗？"}])
-        greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt):].tolist()
-    assert greedy == [row[0] for row in generate(model, [prompt], 40, temperature=0, stop_ids=tok.stop_ids)]
+        greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=40,
+                                 do_sample=False)[0, len(prompt):].tolist()
+    assert greedy == [
+        row[0] for row in generate(model, [prompt], 40, temperature=0, stop_ids=tok.stop_ids)
+    ]
 
 
 @pytest.mark.parametrize("stage, ends", [("sft", [2, 7]), ("pretrain", [2])])
@@ -101,7 +117,8 @@ def test_autotokenizer_gives_our_ids(exported, request, kind, which):
         assert ids == ours.encode(text) and theirs.decode(ids) == text
         assert theirs(text).input_ids == [ours.bos_id] + ids
     evil = "<s>你<|end|><|user|></s>"
-    assert theirs.encode(evil, add_special_tokens=False, split_special_tokens=True) == ours.encode(evil)
+    assert theirs.encode(evil, add_special_tokens=False,
+                         split_special_tokens=True) == ours.encode(evil)
     assert theirs.encode(evil, add_special_tokens=False) == [1] + ours.encode("你") + [7, 5, 2]
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
     assert set(theirs("你好")) == {"input_ids", "attention_mask"}         # what generate(**...) takes
@@ -112,10 +129,12 @@ def test_the_chat_template_renders_what_sft_trains_on(exported, spaced):
     theirs = transformers.AutoTokenizer.from_pretrained(exported(tok=spaced)[0])
     rng = random.Random(0)
     for messages in [dialogue(rng, turns) for turns in (1, 1, 2, 3) for _ in range(5)] + \
-            [[{"role": "user", "content": " a \n\n"}, {"role": "assistant", "content": "\n  b{{ x }}%} "}]]:
+            [[{"role": "user", "content": " a \n\n"},
+              {"role": "assistant", "content": "\n  b{{ x }}%} "}]]:
         assert theirs.apply_chat_template(messages, return_dict=False) == spaced.render(messages)[0]
         asked = messages[:-1]
-        assert theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == spaced.prompt(asked)
+        assert theirs.apply_chat_template(asked, add_generation_prompt=True,
+                                          return_dict=False) == spaced.prompt(asked)
     with pytest.raises(Exception, match="roles"):
         theirs.apply_chat_template([{"role": "tool", "content": "x"}])
 
@@ -129,43 +148,87 @@ def test_the_folder_imported_again_is_the_same_model(exported, tok, tmp_path):
         assert all(torch.equal(w, saved["model"][name]) for name, w in model.state_dict().items())
 
 
-def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_trains(exported, tmp_path, monkeypatch):
+def test_our_folder_saved_again_by_transformers_is_still_ours(exported, spaced, tmp_path):
+    folder, model = exported(tok=spaced, stage="sft")
+    saved = tmp_path / "saved"
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(saved)
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(saved)
+    assert not (saved / "tokenizer.model").exists()
+    messages = dialogue(random.Random(1), 2)
+    for with_jinja in True, False:
+        again = tokenizer.load(str(saved))
+        assert again.template == templates.OURS and again.stop_ids == spaced.stop_ids
+        assert again.render(messages) == spaced.render(messages)
+        assert again.vocab_size == spaced.vocab_size
+        for text in TEXTS:
+            assert again.encode(text) == spaced.encode(text)
+            assert again.decode(again.encode(text)) == text
+        imported = checkpoints.load(import_weights(saved, tmp_path / "again.pt"))
+        assert imported["stage"] == "sft"
+        assert torch.equal(imported["model"]["norm.weight"], model.norm.weight)
+        (saved / "chat_template.jinja").unlink(missing_ok=True)
+        settings = json.loads((saved / "tokenizer_config.json").read_text("utf-8"))
+        settings.pop("chat_template", None)
+        (saved / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+
+
+def test_batches_are_padded_on_the_left_and_answers_marked(exported, spaced):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(tok=spaced)[0])
+    assert theirs(["从前", "从前，小猫在河边唱歌。"], padding=True).input_ids[0][0] == spaced.pad_id
+    for messages in [dialogue(random.Random(seed), 3) for seed in range(9)]:
+        found = theirs.apply_chat_template(messages, return_dict=True,
+                                           return_assistant_tokens_mask=True)
+        assert (found["input_ids"], found["assistant_masks"]) == spaced.render(messages)
+
+
+def test_a_folder_of_others_keeps_its_tokenizer_and_gets_the_template_that_sft_trains(
+        exported, tmp_path, monkeypatch):
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer, theirs.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), \
-        tokenizers.decoders.ByteLevel()
-    theirs.train_from_iterator([story(random.Random(0), 9)], tokenizers.trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs.train_from_iterator(
+        [story(random.Random(0), 9)],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False))
     theirs.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     (tmp_path / "theirs").mkdir()
     theirs.save(str(tmp_path / "theirs/tokenizer.json"))
-    (tmp_path / "theirs/tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": "another"}))
-    (tmp_path / "theirs/chat_template.jinja").write_text("a third")
+    (tmp_path / "theirs/tokenizer_config.json").write_text(
+        json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+            "chat_template": "another"
+        }))
+    (tmp_path / "theirs/chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}")
     tok = tokenizer.load(str(tmp_path / "theirs"))
     folder, _ = exported(tok=tok)
     again = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "简短。"}, {"role": "user", "content": "你好 吗"}]
-    assert again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == tok.prompt(messages)
+    assert again.apply_chat_template(messages, add_generation_prompt=True,
+                                     return_dict=False) == tok.prompt(messages)
     messages.append({"role": "assistant", "content": "好。"})
     assert again.apply_chat_template(messages, return_dict=False) == tok.render(messages)[0]
     imported = import_weights(folder, tmp_path / "again.pt")
     assert checkpoints.load(imported)["tokenizer_sha256"] == tok.sha256
-    with pytest.raises(SystemExit, match="convert_hf_to_gguf"):
+    with pytest.raises(SystemExit, match="convert_hf_to_gguf.py .*/model --outfile=.*/model.gguf"):
         exported("model.gguf", tok=tok)
 
 
 def test_a_vocabulary_that_transformers_cannot_have_exactly_stays_here(exported, tmp_path, capsys):
-    exported()                                                           # leaves a tokenizer in the same folder
+    exported()  # leaves a tokenizer in the same folder
     path = tmp_path / "plain.model"
     with open(path, "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e " * 9] * 9), model_writer=f,
-                                                 vocab_size=14, model_type="bpe", minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(
+            ["a b c d e " * 9] * 9), model_writer=f, vocab_size=14, model_type="bpe", minloglevel=2)
     folder, model = exported(tok=tokenizer.load(str(path)))
     assert "without a tokenizer" in capsys.readouterr().out
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "generation_config.json",
-                                                        "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors"
+    ]
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 14
-    with pytest.raises(SystemExit, match="not made by train_tokenizer.py"):
+    with pytest.raises(SystemExit, match="not made by train_tokenizer.py: llama.cpp reads none"):
         exported("model.gguf", tok=tokenizer.load(str(path)))
 
 
@@ -173,21 +236,25 @@ def test_float16_and_the_model_card(exported):
     folder, model = exported(dtype="f16")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert theirs.dtype == torch.float16
-    assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, model.blocks[1].ffn.w3.weight.half())
+    assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight,
+                       model.blocks[1].ffn.w3.weight.half())
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert all(f" {figure} |" in card for figure in (f"{model.n_params():,}", "1234", "2.3457", "1.0123", "0.00567"))
+    assert all(f" {figure} |" in card
+               for figure in (f"{model.n_params():,}", "1234", "2.3457", "1.0123", "0.00567"))
 
 
-# ---- GGUF -----------------------------------------------------------------------------------------------------
+# ---- GGUF ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Llama scaled"] + ["rows"])
 def test_transformers_computes_the_same_logits_from_gguf(exported, kind):
-    options = KINDS.get(kind, dict(vocab_size=410))                      # more rows in the embedding than pieces
+    options = KINDS.get(kind, dict(vocab_size=410))  # more rows in the embedding than pieces
     path, model = exported("model.gguf", **options)
-    head_dim = {"head_dim": 12} if kind == "Qwen3" else {}               # transformers does not read a Qwen3's
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **head_dim).eval()
+    head_dim = {"head_dim": 12} if kind == "Qwen3" else {}  # transformers does not read a Qwen3's
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
+                                                               **head_dim).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(rows(model)), theirs(rows(model)).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(rows(model)),
+                                   theirs(rows(model)).logits, rtol=0, atol=1e-4)
 
 
 def field(reader, name):
@@ -197,22 +264,28 @@ def field(reader, name):
 def test_the_vocabulary_in_gguf(exported, spaced):
     path, _ = exported("model.gguf", tok=spaced, vocab_size=spaced.vocab_size + 2)
     reader, sp = gguf.GGUFReader(path), sentencepiece.SentencePieceProcessor(model_file=spaced.name)
-    texts, scores, types = (field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+    texts, scores, types = (
+        field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
     n = spaced.vocab_size
-    assert texts[:n] == [sp.id_to_piece(i) for i in range(n)] and len(set(texts)) == len(texts) == n + 2
+    assert texts[:n] == [sp.id_to_piece(i) for i in range(n)]
+    assert len(set(texts)) == len(texts) == n + 2
     assert scores[:n] == pytest.approx([sp.get_score(i) for i in range(n)])
     assert types == [2] + [3] * 7 + [6] * 256 + [1] * (n - 264) + [5] * 2
-    expected = {"model": "llama", "add_space_prefix": False, "add_bos_token": True, "add_eos_token": False,
-                "bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 7, "padding_token_id": 3, "unknown_token_id": 0}
+    expected = {
+        "model": "llama", "add_space_prefix": False, "add_bos_token": True, "add_eos_token": False,
+        "bos_token_id": 1, "eos_token_id": 2, "eot_token_id": 7, "padding_token_id": 3,
+        "unknown_token_id": 0
+    }
     assert {name: field(reader, f"tokenizer.ggml.{name}") for name in expected} == expected
     theirs = transformers.AutoTokenizer.from_pretrained(exported(tok=spaced)[0])
     messages = dialogue(random.Random(0), 2)
-    assert theirs.apply_chat_template(messages, chat_template=field(reader, "tokenizer.chat_template"),
-                                      return_dict=False) == spaced.render(messages)[0]
+    assert theirs.apply_chat_template(messages, chat_template=field(
+        reader, "tokenizer.chat_template"), return_dict=False) == spaced.render(messages)[0]
 
 
 def test_a_pretrained_model_has_no_end_of_turn_in_gguf(exported):
-    assert gguf.GGUFReader(exported("model.gguf", stage="pretrain")[0]).get_field("tokenizer.ggml.eot_token_id") is None
+    assert gguf.GGUFReader(exported(
+        "model.gguf", stage="pretrain")[0]).get_field("tokenizer.ggml.eot_token_id") is None
 
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
@@ -220,13 +293,14 @@ def test_the_weights_in_gguf_are_ours_rounded(exported, dtype):
     path, model = exported("model.gguf", dtype=dtype, qk_norm=True)
     tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
     assert tensors["blk.1.attn_q_norm.weight"].tensor_type.name == "F32"
-    down = tensors["blk.1.ffn_down.weight"]                              # rows of 48 are no multiple of 32
+    down = tensors["blk.1.ffn_down.weight"]  # rows of 48 are no multiple of 32
     assert down.tensor_type.name == "F16"
     assert np.array_equal(down.data, model.blocks[1].ffn.w2.weight.detach().half().numpy())
     up, w = tensors["blk.1.ffn_up.weight"], model.blocks[1].ffn.w3.weight.detach()
     assert up.tensor_type.name == dtype.upper()
     error = np.abs(gguf.dequantize(up.data, up.tensor_type) - w.numpy())
-    largest = np.abs(w.numpy()).max(-1, keepdims=True)           # of a row: a block, whose scale is a float16
+    # of a row: a block, whose scale is a float16
+    largest = np.abs(w.numpy()).max(-1, keepdims=True)
     assert (error <= largest * (2**-11 if dtype == "f16" else 0.57 / 127)).all() and error.any()
 
 
@@ -235,22 +309,27 @@ def test_the_frequencies_of_llama_3_in_gguf(exported):
     [factors] = [t.data for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight"]
     frequencies = []
     for scaling in ({"rope_type": "default"}, {"rope_type": "llama3", **LLAMA3}):
-        c = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=12, max_position_embeddings=96,
+        c = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=12,
+                                     max_position_embeddings=96,
                                      rope_parameters={"rope_theta": 10_000.0, **scaling})
-        frequencies.append(transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(c).inv_freq)
+        frequencies.append(
+            transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(c).inv_freq)
     torch.testing.assert_close(torch.tensor(factors.copy()), frequencies[0] / frequencies[1])
     assert factors[0] == 1 and factors[-1] == 8
 
 
-# ---- what cannot be -------------------------------------------------------------------------------------------
+# ---- what cannot be ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("out, options, said", [
-    ("hf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
-    ("m.gguf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
-    ("hf", dict(dim=30, head_dim=8), "must divide"), ("m.gguf", dict(qkv_bias=True, head_dim=12), "not for qwen2"),
-    ("m.gguf", dict(qk_norm=True, rope_scaling=LLAMA3), "not for qwen3"), ("hf", dict(dtype="q8_0"), "q8_0 is for"),
-    ("m.gguf", dict(dtype="int4"), "choose f32, f16 or q8_0")])
-def test_what_no_one_else_computes_is_refused_and_nothing_written(exported, tmp_path, out, options, said):
+@pytest.mark.parametrize("out, options, said",
+                         [("hf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
+                          ("m.gguf", dict(qk_norm=True, qkv_bias=True), "nobody else"),
+                          ("hf", dict(dim=30, head_dim=8), "must divide"),
+                          ("m.gguf", dict(qkv_bias=True, head_dim=12), "not for qwen2"),
+                          ("m.gguf", dict(qk_norm=True, rope_scaling=LLAMA3), "not for qwen3"),
+                          ("hf", dict(dtype="q8_0"), "q8_0 is for"),
+                          ("m.gguf", dict(dtype="int4"), "choose f32, f16 or q8_0")])
+def test_what_no_one_else_computes_is_refused_and_nothing_written(exported, tmp_path, out, options,
+                                                                  said):
     with pytest.raises(SystemExit, match=said):
         exported(out, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
@@ -278,7 +357,8 @@ def test_the_script_without_gguf_and_with_it(exported, tmp_path):
     arguments = "--checkpoint=best.pt", "--out=m.gguf", "--dtype=q8_0"
     done = run("extras.export", tmp_path, *arguments, code="sys.modules['gguf'] = None")
     assert done.rc == 1 and done.err.count("\n") == 1 and "pip install gguf" in done.err
-    assert run("extras.export", tmp_path, *arguments).rc == 0 and gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    assert run("extras.export", tmp_path, *arguments).rc == 0
+    assert gguf.GGUFReader(tmp_path / "m.gguf").tensors
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(exported, other_tok, monkeypatch):

@@ -216,8 +216,8 @@ def check_codes(toks, t):
     for tok in toks:
         ids = tok.encode(t)
         assert tok.decode(ids) == tokenizer.whole_characters(t), repr(t)
-        assert not set(ids) & {tok.bos_id, tok.eos_id, tok.pad_id, tok.end_id, *(tok.roles or {}).values()}, repr(t)
-        assert tok.roles is None or min(ids, default=8) >= 8, repr(t)
+        assert not set(ids) & {tok.bos_id, tok.eos_id, tok.pad_id, tok.end_id, *tok.controls.values()}, repr(t)
+        assert "<|end|>" not in tok.controls or min(ids, default=8) >= 8, repr(t)
 
 
 def check_dialogue(toks, messages):
@@ -225,14 +225,13 @@ def check_dialogue(toks, messages):
     for tok in toks:
         ids, mask = tok.render(messages)
         answers = [tok.encode(m["content"]) for m in messages if m["role"] == "assistant"]
-        end = tok.eos_id if tok.end_id is None else tok.end_id
-        assert [i for i, counts in zip(ids, mask) if counts] == [i for answer in answers for i in (*answer, end)]
+        assert [i for i, counts in zip(ids, mask) if counts] == [i for answer in answers for i in (*answer, tok.end_id)]
         assert len(ids) == len(mask) and set(mask) <= {0, 1}
         starts = [at for at, counts in enumerate(mask) if counts and not mask[at - 1]]
         assert len(starts) == len(answers) and not mask[0]
         for at, answer in zip(starts, answers):                        # whole, behind its own question
-            assert ids[at:at + len(answer) + 1] == [*answer, end] and sum(mask[at:at + len(answer) + 2]) == len(answer) + 1
-        if tok.roles:                                                  # and no string of a turn opens or ends one
+            assert ids[at:at + len(answer) + 1] == [*answer, tok.end_id] and sum(mask[at:at + len(answer) + 2]) == len(answer) + 1
+        if "<|end|>" in tok.controls:                                                  # and no string of a turn opens or ends one
             assert sum(i < 8 for i in ids) == 1 + 2 * len(messages)
 
 

@@ -1,4 +1,5 @@
-"""Models and tokenizers of others: Hugging Face folders against `transformers`, and baby-llama2-chinese's files."""
+"""Models of others: Hugging Face folders against `transformers`, baby-llama2-chinese's files."""
+import hashlib
 import json
 import math
 import random
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -21,20 +23,101 @@ import pretrain
 import runtime
 import sample
 import sft
+import templates
 import tokenizer
+from extras import export
 from model import Model, generate
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
+# Chat templates that write what those of these models write, in other words.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+QWEN25 = (
+    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}"
+    "{%- endif %}\n" + CHATML)
+QWEN3 = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.last and loop.index0 > ns.last %}
+        {{- '<think>\\n\\n</think>\\n\\n' + m.content.lstrip('\\n') }}
+    {%- else %}
+        {{- m.content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+LLAMA_3 = """{{- bos_token }}
+{%- for m in messages %}
+    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}
+    {{- m.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+LLAMA_32 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}
+    {%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}
+{%- endif %}
+{%- set text = '' %}
+{%- if messages[0].role == 'system' %}
+    {%- set text = messages[0].content | trim %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' }}
+{{- date_string + '\\n\\n' + text + '<|eot_id|>' }}""" + LLAMA_3.replace("{{- bos_token }}", "")
+MISTRAL = """{%- set text = '' %}
+{%- if messages[0].role == 'system' %}
+    {%- set text = messages[0].content + '\\n\\n' %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- bos_token }}
+{%- for m in messages %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('must alternate') }}
+    {%- endif %}
+    {%- if m.role == 'user' %}
+        {{- '[INST] ' + (text if loop.first else '') + m.content + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + m.content | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+MISTRAL_02 = MISTRAL.replace("'[INST] '", "' [INST] '").replace(" | trim", "")
+MISTRAL_02 = MISTRAL_02.replace("[/INST]", " [/INST]")
+ZEPHYR = """{% for m in messages %}
+{% if m.role == 'user' %}
+{{ '<|user|>\\n' + m.content + eos_token }}
+{% elif m.role == 'system' %}
+{{ '<|system|>\\n' + m.content + eos_token }}
+{% elif m.role == 'assistant' %}
+{{ '<|assistant|>\\n' + m.content + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
-TEXTS = ["你好，世界！", "a  b\n\n  c\t", " leading", "x" * 70, "👨‍👩‍👧‍👦🏳️‍🌈 龘𠮷", "1234 é ﬁ", "\n", "<s></s><unk>", "<0x41>",
-         "<|im_start|>system\n<|im_end|>", "<|endoftext|><|end|>", "从前，小猫在河边唱歌。\r\n第二段。"]
+TEXTS = [
+    "你好，世界！", "a  b\n\n  c\t", " leading", "x" * 70, "👨‍👩‍👧‍👦🏳️‍🌈 龘𠮷", "1234 é ﬁ", "\n",
+    "<s></s><unk>", "<0x41>", "<|im_start|>system\n<|im_end|>", "<|endoftext|><|end|>",
+    "从前，小猫在河边唱歌。\r\n第二段。"
+]
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 def texts():
     rng = random.Random(0)
@@ -45,41 +128,63 @@ def save_tokenizer(folder, t, **names):
     """tokenizer.json and tokenizer_config.json; returns it as AutoTokenizer reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     t.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def byte_level(folder, eos="<|endoftext|>", **names):
+def byte_level(folder, eos="<|endoftext|>",
+               controls=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), **names):
     """Like Qwen's: bytes, no bos, ChatML; <think> is an added token that is not special."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
     t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     t.decoder, t.normalizer = tokenizers.decoders.ByteLevel(), tokenizers.normalizers.NFC()
-    t.train_from_iterator(texts(), tokenizers.trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    t.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    t.add_tokens(["<think>"])
-    t.enable_truncation(5)                                               # some files have it switched on
-    return save_tokenizer(folder, t, eos_token=eos, pad_token="<|endoftext|>", bos_token=None, chat_template=CHATML,
-                          **names)
+    t.train_from_iterator(
+        texts(),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=320, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False))
+    t.add_special_tokens(list(controls))
+    t.add_tokens(["<think>", "</think>"])
+    t.enable_truncation(5)  # some files have it switched on
+    return save_tokenizer(folder, t, **{**dict(eos_token=eos, pad_token=controls[0], bos_token=None,
+                                               chat_template=CHATML), **names})
 
 
-def metaspace(folder, controls=("<unk>", "<s>", "</s>"), **names):
-    """Like Llama 2's: U+2581 for spaces, one before the text, bytes for what is not in the vocabulary."""
-    t = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+def metaspace(folder, controls=("<unk>", "<s>", "</s>"), first=False, **names):
+    """Like Llama 2's: U+2581 for spaces, one before the text, bytes for what no piece holds.
+
+    first: at the beginning of a text only, not also behind control tokens.
+    """
+    t = tokenizers.Tokenizer(
+        tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     t.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    if first:
+        t.normalizer = tokenizers.normalizers.Sequence([])
+        t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "first", split=False)
     decoders = tokenizers.decoders
-    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                   decoders.Strip(" ", 1, 0)])
-    t.train_from_iterator(texts(), tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[*controls, *(f"<0x{b:02X}>" for b in range(256))], show_progress=False))
+    t.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)
+    ])
+    t.train_from_iterator(
+        texts(),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=400, special_tokens=[*controls, *(f"<0x{b:02X}>" for b in range(256))],
+            show_progress=False))
     spec = json.loads(t.to_str())
-    spec["added_tokens"] = spec["added_tokens"][:len(controls)]          # bytes are pieces, not added tokens
+    # bytes are pieces, not added tokens
+    spec["added_tokens"] = spec["added_tokens"][:len(controls)]
     t = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    t.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return save_tokenizer(folder, t, bos_token="<s>", eos_token={"__type": "AddedToken", "content": "</s>"}, **names)
+    t.post_processor = tokenizers.processors.TemplateProcessing("<s> $A",
+                                                                special_tokens=[("<s>", 1)])
+    return save_tokenizer(folder, t, bos_token="<s>",
+                          eos_token={"__type": "AddedToken", "content": "</s>"}, **names)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +209,10 @@ def test_ids_and_texts_are_those_of_transformers(vocabularies, kind):
     for text in texts()[:5] + TEXTS:
         ids = ours.encode(text)
         assert ours.encode_batch([text, "a", text]) == [ids, ours.encode("a"), ids]
-        assert not {ours.bos_id, ours.eos_id, ours.pad_id, ours.start_id, ours.end_id} & set(ids)
+        assert not {ours.bos_id, ours.pad_id, ours.end_id, *ours.controls.values()} & set(ids)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text
-        if not any(control in text for control in theirs.all_special_tokens + ["<|im_start|>", "<|im_end|>"]):
+        if not any(control in text
+                   for control in theirs.all_special_tokens + ["<|im_start|>", "<|im_end|>"]):
             assert ids == theirs.encode(text, add_special_tokens=False)
     assert ours.decode(ours.encode("a\ud800b")) == "a\ufffdb"
 
@@ -119,7 +225,7 @@ def test_streaming_gives_the_text_of_decoding_and_no_half_character(vocabularies
         decoder = tokenizer.StreamDecoder(ours)
         parts = [decoder.push(id) for id in ours.encode(text)]
         assert "".join(parts) == text and decoder.flush() == ""
-    for _ in range(200):                                                 # ids of no text, some behind the end
+    for _ in range(200):  # ids of no text, some behind the end
         ids = [rng.randrange(ours.vocab_size + 20) for _ in range(rng.randrange(20))]
         decoder = tokenizer.StreamDecoder(ours)
         assert "".join([decoder.push(id) for id in ids]) + decoder.flush() == ours.decode(ids)
@@ -127,19 +233,25 @@ def test_streaming_gives_the_text_of_decoding_and_no_half_character(vocabularies
 
 def test_control_tokens_are_those_that_the_folder_names(vocabularies):
     qwen, theirs = vocabularies["byte-level"]
-    ids = dict(zip(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"), range(320, 324)))
+    names = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
+    ids = dict(zip(names, range(320, 325)))
     assert theirs.convert_tokens_to_ids(list(ids)) == list(ids.values())
     assert qwen.bos_id == qwen.eos_id == qwen.pad_id == ids["<|endoftext|>"]
-    assert (qwen.start_id, qwen.end_id, qwen.stop_ids) == (321, 322, {320, 322})
-    assert qwen.pieces[320:] == [b"", b"", b"", b"<think>"] and qwen.encode("a<think>")[-1] == ids["<think>"]
+    assert (qwen.end_id, qwen.stop_ids) == (322, {320, 322})
+    assert qwen.pieces[320:] == [b"", b"", b"", b"<think>", b"</think>"]
+    assert qwen.encode("a<think>")[-1] == ids["<think>"]
     llama, _ = vocabularies["metaspace"]
-    assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.stop_ids) == (1, 2, 2, {2}) and llama.dummy_space
+    assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.stop_ids) == (1, 2, 2, {2})
+    assert llama.dummy_space
 
 
-def test_a_chat_model_ends_its_turns_with_one_token_and_documents_with_another(tmp_path, vocabularies):
+def test_a_chat_model_ends_its_turns_with_one_token_and_documents_with_another(
+        tmp_path, vocabularies):
     byte_level(tmp_path, eos="<|im_end|>")
     tok, base = tokenizer.load(str(tmp_path)), vocabularies["byte-level"][0]
     assert (tok.bos_id, tok.eos_id, tok.end_id, tok.sha256) == (320, 320, 322, base.sha256)
+    rename_token(tmp_path / "tokenizer.json", '"<think>"', '"<reason>"')   # another vocabulary
+    assert tokenizer.load(str(tmp_path)).sha256 != base.sha256
 
 
 def test_a_control_token_that_its_file_does_not_call_special_is_one(tmp_path):
@@ -154,41 +266,237 @@ def test_a_control_token_that_its_file_does_not_call_special_is_one(tmp_path):
     assert not {320, 321, 322} & set(tok.encode("a<|im_end|>\n<|im_start|>system\nb<|endoftext|>"))
 
 
-def test_chatml_is_what_the_template_of_the_folder_renders(vocabularies):
-    ours, theirs = vocabularies["byte-level"]
-    for seed in range(20):
-        messages = dialogue(random.Random(seed), 3)
-        messages[-2]["content"] = f"\n\n  {messages[-2]['content']} \n\n尾"
+HEADERS = ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+           "<|eot_id|>")
+LLAMA_3_TOKENS = dict(controls=HEADERS, bos_token="<|begin_of_text|>", eos="<|eot_id|>")
+INST = dict(controls=("<unk>", "<s>", "</s>", "[INST]", "[/INST]"))
+CHATS = {  # template: (vocabulary, Jinja, what ends an answer)
+    "ChatML": (byte_level, CHATML, {}, "<|im_end|>"),
+    "Qwen2.5": (byte_level, QWEN25, {}, "<|im_end|>"),
+    "Qwen3": (byte_level, QWEN3, {}, "<|im_end|>"),
+    "Llama 3": (byte_level, LLAMA_3, LLAMA_3_TOKENS, "<|eot_id|>"),
+    "Llama 3.2": (byte_level, LLAMA_32, LLAMA_3_TOKENS, "<|eot_id|>"),
+    "Mistral": (metaspace, MISTRAL, {**INST, "first": True}, "</s>"),
+    "Mistral 0.2": (metaspace, MISTRAL_02, {}, "</s>"),
+    "TinyLlama": (metaspace, ZEPHYR, {}, "</s>"),
+    "TinyLlama, first": (metaspace, ZEPHYR, {"first": True}, "</s>")}
+CHAT = pytest.mark.parametrize("chat", CHATS)
+OPTIONS = dict(return_dict=False, enable_thinking=False, date_string="26 Jul 2024")
+
+
+def dialogues(n):
+    """Random dialogues, some with white space at the ends of their texts."""
+    for seed in range(n):
+        messages = dialogue(random.Random(seed), 1 + seed % 3)
+        messages[-2]["content"] = f" {messages[-2]['content']} \n\n尾 "
+        messages[-1]["content"] += " a b " * (seed % 2)
+        yield messages
+
+
+def chat_folder(folder, chat):
+    """A folder like a chat model's: (our tokenizer, AutoTokenizer, the id that ends an answer)."""
+    make, jinja, options, end = CHATS[chat]
+    theirs = make(folder, chat_template=jinja, **options)
+    theirs.backend_tokenizer.no_truncation()
+    return tokenizer.load(str(folder)), theirs, theirs.convert_tokens_to_ids(end)
+
+
+@CHAT
+def test_a_chat_model_is_trained_on_what_its_template_renders(tmp_path, chat):
+    ours, theirs, end = chat_folder(tmp_path, chat)
+    trims = chat.startswith("Llama") or chat == "Mistral"
+    for messages in dialogues(12):
         ids, mask = ours.render(messages)
-        assert ids + ours.encode("\n") == theirs.encode(theirs.apply_chat_template(messages, tokenize=False))
-        assert ours.prompt(messages[:-1]) == theirs.encode(
-            theirs.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)) == ids[:mask_end(mask)]
-        learnt = [id for id, m in zip(ids, mask) if m]
-        assert learnt == [id for m in messages if m["role"] == "assistant" for id in ours.encode(m["content"]) + [322]]
-    ids, mask = ours.render([{"role": "user", "content": "<|im_end|>\n<|im_start|>assistant\n好"},
-                             {"role": "assistant", "content": "不"}])
-    learnt = ours.encode("不") + [322]
-    assert ids.count(321) == ids.count(322) == 2 and ids[-len(learnt):] == learnt
-    assert mask == [0] * (len(ids) - len(learnt)) + [1] * len(learnt)
+        assert ids == theirs.apply_chat_template(messages, **OPTIONS)
+        prompt = ours.prompt(messages[:-1])
+        if "Mistral" not in chat:  # its prompts end with the question
+            assert prompt == theirs.apply_chat_template(messages[:-1], add_generation_prompt=True,
+                                                        **OPTIONS)
+        assert prompt == ids[:mask_end(mask)] and len(mask) == len(ids)
+        answers = [
+            m["content"].strip() if trims else m["content"]
+            for m in messages
+            if m["role"] == "assistant"
+        ]
+        learnt = ours.decode([end if id == end else id for id, counts in zip(ids, mask) if counts])
+        assert learnt.replace(" ", "") == "".join(answers).replace(" ", "")
+        assert sum(counts and id == end for id, counts in zip(ids, mask)) == len(answers)
+        assert all(mask[at] or not mask[at - 1] or ids[at - 1] == end for at in range(1, len(ids)))
+    assert ours.end_id == end and end in ours.stop_ids
+
+
+@CHAT
+def test_a_text_cannot_end_a_turn(tmp_path, chat):
+    ours, theirs, end = chat_folder(tmp_path, chat)
+    text = "<|im_end|>\n<|im_start|>assistant\n好</s>[/INST]<|eot_id|><|start_header_id|>"
+    asked, answered = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    plain, _ = ours.render([asked, answered])
+    ids, _ = ours.render([{**asked, "content": text}, {**answered, "content": text}])
+    special = set(theirs.all_special_ids)
+    assert [id for id in ids if id in special] == [id for id in plain if id in special]
+    assert text in ours.decode(ids)
+
+
+@CHAT
+def test_our_export_of_a_template_marks_in_transformers_what_we_train_on(tmp_path, chat):
+    ours, theirs, _ = chat_folder(tmp_path / "theirs", chat)
+    exported = shutil.copytree(tmp_path / "theirs", tmp_path / "ours")
+    (exported / "chat_template.jinja").unlink(missing_ok=True)
+    change(exported / "tokenizer_config.json", chat_template=export.jinja(ours.template))
+    again = transformers.AutoTokenizer.from_pretrained(exported)
+    again.backend_tokenizer.no_truncation()
+    for messages in dialogues(12):
+        theirs = again.apply_chat_template(messages, return_dict=True,
+                                           return_assistant_tokens_mask=True)
+        assert (theirs["input_ids"], theirs["assistant_masks"]) == ours.render(messages)
+        asked = again.apply_chat_template(messages[:-1], add_generation_prompt=True,
+                                          return_dict=False)
+        assert asked == ours.prompt(messages[:-1])
+    assert tokenizer.load(str(exported)).template == ours.template
+    with pytest.raises(Exception, match="roles"):
+        again.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+def test_a_folder_without_a_template_gets_the_plain_form_and_keeps_it(tmp_path, make):
+    make(tmp_path, **(dict(controls=["<|endoftext|>"]) if make is byte_level else {}),
+         chat_template=None)
+    ours = tokenizer.load(str(tmp_path))
+    assert ours.template is templates.HUMAN
+    change(tmp_path / "tokenizer_config.json", chat_template=export.jinja(ours.template))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again.backend_tokenizer.no_truncation()
+    messages = [
+        *dialogue(random.Random(0), 2), {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"}
+    ]
+    prompt = again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt == ours.prompt(messages)
+    assert again.decode(prompt).endswith("Human: a\nb\nAssistant: ")
+    assert tokenizer.load(str(tmp_path)).template == templates.HUMAN
+
+
+def test_without_a_jinja_template_the_control_tokens_decide(tmp_path):
+    for chat, expected in (("ChatML", templates.CHATML), ("Qwen3", templates.CHATML),
+                           ("Llama 3", templates.LLAMA3), ("Mistral", templates.MISTRAL),
+                           ("TinyLlama", templates.HUMAN)):
+        make, _, options, _ = CHATS[chat]
+        make(tmp_path / chat, **options, chat_template=None)
+        assert tokenizer.load(str(tmp_path / chat)).template is expected
+    byte_level(tmp_path / "half", controls=["<|endoftext|>", "<|im_end|>"], chat_template=None)
+    assert tokenizer.load(str(tmp_path / "half")).template is templates.HUMAN
+
+
+@pytest.mark.parametrize("jinja", [
+    CHATML.replace("<|im_end|>\\n'", "<|im_end|>'"),
+    CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"),
+    "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "{{ no_such.name }}", "{% for %}", "{{ 1 / 0 }}",
+    QWEN25.replace("Qwen.<|im_end|>", "Qwen.")
+])
+def test_a_template_that_is_not_known_is_refused_where_chat_is_wanted(tmp_path, jinja):
+    byte_level(tmp_path, chat_template=jinja)
+    ours = tokenizer.load(str(tmp_path))
+    assert ours.template is None and ours.stop_ids == {ours.eos_id}
+    assert ours.decode(ours.encode("你好")) == "你好"
+    # nothing would end an answer
+    byte_level(tmp_path / "text", controls=["<|endoftext|>"], chat_template=CHATML)
+    assert tokenizer.load(str(tmp_path / "text")).template is None
+    for call in ours.prompt, ours.render:
+        sentence = refused(call, [{"role": "user", "content": "x"}])
+        assert sentence.startswith(str(tmp_path)) and "chat template" in sentence
+        assert "Llama 3" in sentence
+
+
+def test_a_system_text_that_a_template_refuses_joins_the_question(tmp_path):
+    jinja = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception() }}{% endif %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + eos_token }}"
+        "{% endfor %}")
+    theirs = metaspace(tmp_path, chat_template=jinja)
+    ours = tokenizer.load(str(tmp_path))
+    assert ours.template.name == "Mistral 0.1"
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    joined = [{"role": "user", "content": "a\n\nb"}]
+    assert ours.prompt(messages) == theirs.apply_chat_template(joined, return_dict=False)
+
+
+def test_named_templates_and_files_of_templates(tmp_path):
+    byte_level(tmp_path, chat_template=None)
+    change(tmp_path / "tokenizer_config.json", chat_template=[
+        {"name": "tool_use", "template": "x"}, {"name": "default", "template": QWEN3}])
+    assert tokenizer.load(str(tmp_path)).template.name == "Qwen3"
+    (tmp_path / "chat_template.jinja").write_text(QWEN25, "utf-8")
+    expected = templates.CHATML._replace(default="You are Qwen.")
+    assert tokenizer.load(str(tmp_path)).template == expected
+
+
+def test_a_folder_without_configuration_has_the_eos_that_its_tokens_leave_no_doubt_about(tmp_path):
+    for make, options, expected in ((byte_level, {}, (320, 320)), (metaspace, {}, (1, 2)),
+                                    (byte_level, LLAMA_3_TOKENS, (321, 320))):
+        make(tmp_path, **options)
+        for path in tmp_path.iterdir():
+            if path.name != "tokenizer.json":
+                path.unlink()
+        ours = tokenizer.load(str(tmp_path))
+        assert (ours.bos_id, ours.eos_id) == expected
+    byte_level(tmp_path, controls=["<|endoftext|>", "</s>"], eos=None, pad_token=None)
+    assert "no eos token" in refused(tokenizer.load, str(tmp_path))
+
+
+@pytest.mark.parametrize("jinja", [ZEPHYR, MISTRAL_02], ids=["TinyLlama", "Mistral 0.2"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_chat_model_with_a_sentencepiece_file_is_trained_on_the_same_ids(tmp_path, jinja, first):
+    metaspace(tmp_path, first=first, chat_template=jinja)
+    with open(tmp_path / "tokenizer.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts()), model_writer=f, model_type="bpe", vocab_size=420,
+            byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+            remove_extra_whitespaces=False)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = [sp.id_to_piece(id) for id in range(len(sp))]
+    scores = {piece: sp.get_score(id) for id, piece in enumerate(pieces) if id >= 259}
+    # the same vocabulary in the other form
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    spec["model"] |= {"vocab": vocab, "merges": export.merges(scores)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    ours = tokenizer.load(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in dialogues(12):
+        assert ours.render(messages)[0] == theirs.apply_chat_template(messages, **OPTIONS)
+    with open(tmp_path / "tokenizer.model", "rb") as f:
+        assert ours.sha256 == hashlib.sha256(f.read()).hexdigest()         # that is what was read
+
+
+def test_an_answer_that_is_not_trained_on(tmp_path):
+    ours, *_ = chat_folder(tmp_path, "Qwen3")
+    messages = [{"role": "user", "content": "x"},
+                {"role": "assistant", "content": "y", "train": False}]
+    assert set(ours.render(messages)[1]) == {0}
 
 
 def mask_end(mask):
     """Where the last answer begins."""
-    return len(mask) - mask[::-1].index(0)
+    end = len(mask) - mask[::-1].index(1)
+    return end - mask[:end][::-1].index(0)
 
 
 def test_a_tokenizer_json_without_chatml_takes_the_plain_form(vocabularies):
     ours, _ = vocabularies["metaspace"]
-    ids, mask = ours.render([{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}])
-    assert ours.decode(ids) == "Human: 你好\nAssistant:  好" and ids[-1] == 2
-    assert [id for id, m in zip(ids, mask) if m] == ours.encode("好") + [2]
+    ids, mask = ours.render([{"role": "user", "content": "你好"},
+                             {"role": "assistant", "content": "好"}])
+    assert ours.decode(ids) == "Human: 你好\nAssistant: 好" and ids[-1] == 2
+    assert ours.decode([id for id, m in zip(ids, mask) if m]) == "好" and mask[-1] == 1
 
 
 def test_a_sentencepiece_file_goes_before_tokenizer_json_unless_that_has_more(tmp_path, tok):
     shutil.copy(tok.name, tmp_path / "tokenizer.model")
     ours = tokenizer.load(str(tmp_path))
-    assert (ours.name, ours.sha256, ours.roles, ours.end_id) == (str(tmp_path), tok.sha256, tok.roles, tok.end_id)
-    metaspace(tmp_path)                                                  # its added tokens are below 400
+    assert (ours.name, ours.sha256, ours.template, ours.end_id) == (str(tmp_path), tok.sha256,
+                                                                    tok.template, tok.end_id)
+    metaspace(tmp_path)  # its added tokens are below 400
     assert tokenizer.load(str(tmp_path)).sha256 == tok.sha256
     spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     spec["added_tokens"].append({**spec["added_tokens"][0], "content": "<|im_end|>", "id": 400})
@@ -196,14 +504,28 @@ def test_a_sentencepiece_file_goes_before_tokenizer_json_unless_that_has_more(tm
     assert tokenizer.load(str(tmp_path)).vocab_size == 401
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.model nor tokenizer.json"),
-    (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json"),
-    (lambda f: (f / "tokenizer.json").write_text("[]"), "no JSON object"),
-    (lambda f: change(f / "tokenizer.json", model={"type": "none"}), "not read by tokenizers"),
-    (lambda f: change(f / "tokenizer.json", decoder={"type": "WordPiece", "prefix": "#", "cleanup": True}), "of a kind"),
-    (lambda f: change(f / "tokenizer_config.json", eos_token=None), "no eos token"),
-    (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), "not a whole sentencepiece model")])
+WORD_PIECES = {"type": "WordPiece", "prefix": "#", "cleanup": True}
+
+
+def test_ranks_under_the_name_of_a_sentencepiece_file_leave_tokenizer_json(tmp_path):
+    byte_level(tmp_path)  # as Llama 3's folders may have it
+    expected = tokenizer.load(str(tmp_path)).sha256
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert tokenizer.load(str(tmp_path)).sha256 == expected
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [(lambda f: (f / "tokenizer.json").unlink(), "neither tokenizer.model nor tokenizer.json"),
+     (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json"),
+     (lambda f: (f / "tokenizer.json").write_text("[]"), "no JSON object"),
+     (lambda f: change(f / "tokenizer.json", model={"type": "none"}), "not read by tokenizers"),
+     (lambda f: change_model(f / "tokenizer.json", continuing_subword_prefix="##"), "of a kind"),
+     (lambda f: change(f / "tokenizer.json", decoder=WORD_PIECES), "of a kind"),
+     (lambda f: change(f / "tokenizer_config.json", eos_token=None, pad_token=None) or rename_token(
+         f / "tokenizer.json", "<|endoftext|>", "<|ende|>"), "no eos token"),
+     (lambda f: change(f / "tokenizer.json", added_tokens=[{"id": "1"}]), "added_tokens"),
+     (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), "not a whole sentencepiece model")])
 def test_what_is_no_tokenizer_ends_in_one_sentence(tmp_path, spoil, said):
     byte_level(tmp_path)
     spoil(tmp_path)
@@ -212,6 +534,14 @@ def test_what_is_no_tokenizer_ends_in_one_sentence(tmp_path, spoil, said):
 
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), "utf-8")
+
+
+def change_model(path, **values):
+    change(path, model={**json.loads(path.read_text("utf-8"))["model"], **values})
+
+
+def rename_token(path, old, new):
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
 
 
 def refused(call, *args):
@@ -228,17 +558,19 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch
     assert "pip install tokenizers" in refused(tokenizer.load, str(tmp_path))
 
 
-# ---- models ---------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
-SMALL = dict(vocab_size=448, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2)
+SMALL = dict(vocab_size=448, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+             rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2)
 
 
 def save_model(folder, kind, dtype=torch.float32, tok=None, shards=False, **options):
-    """A random network of `transformers`, saved in its way beside our tokenizer; returned as it reads it."""
+    """A random network of `transformers`, saved beside our tokenizer; returned as it reads it."""
     torch.manual_seed(0)
     shape = {**SMALL, **options}
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, p in theirs.named_parameters():                            # large enough to matter
         torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.2)
     theirs.to(dtype).save_pretrained(folder, **({"max_shard_size": "20KB"} if shards else {}))
@@ -263,19 +595,25 @@ def old_layout(folder):
 
 
 @pytest.mark.parametrize("layout", ["new", "old"])
-@pytest.mark.parametrize("kind, options", [
-    ("Llama", dict(head_dim=16)),
-    ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=True, dtype=torch.float16)),
-    ("Llama", dict(rope_parameters={**LLAMA3, "rope_theta": 500_000.0}, shards=True)),
-    ("Llama", dict(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype=torch.bfloat16, shards=True)),
-    ("Qwen2", dict(tie_word_embeddings=True)), ("Qwen2", dict(dtype=torch.bfloat16, sliding_window=None)),
-    ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, shards=True)), ("Qwen3", dict(head_dim=16))])
+@pytest.mark.parametrize(
+    "kind, options",
+    [("Llama", dict(head_dim=16)),
+     ("Llama", dict(num_key_value_heads=1, tie_word_embeddings=True, dtype=torch.float16)),
+     ("Llama", dict(rope_parameters={**LLAMA3, "rope_theta": 500_000.0}, shards=True)),
+     ("Llama",
+      dict(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, dtype=torch.bfloat16,
+           shards=True)), ("Mistral", dict(sliding_window=None, head_dim=12)),
+     ("Qwen2", dict(tie_word_embeddings=True)),
+     ("Qwen2", dict(dtype=torch.bfloat16, sliding_window=None)),
+     ("Qwen3", dict(head_dim=12, tie_word_embeddings=True, shards=True)),
+     ("Qwen3", dict(head_dim=16))])
 def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, tok, kind, options, layout):
     theirs = save_model(tmp_path, kind, tok=tok, **options)
     if layout == "old":
         old_layout(tmp_path)
     saved = loaded(tmp_path)
-    assert (saved["stage"], saved["tokenizer"], saved["tokenizer_sha256"]) == ("pretrain", str(tmp_path), tok.sha256)
+    assert (saved["stage"], saved["tokenizer"],
+            saved["tokenizer_sha256"]) == ("pretrain", str(tmp_path), tok.sha256)
     assert all(w.dtype == torch.float32 for w in saved["model"].values())
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 or not options.get("shards")
     ours = Model.from_state(saved["shape"], saved["model"]).eval()
@@ -283,16 +621,20 @@ def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, tok, kind, o
     x = torch.randint(448, (3, 120), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits, expected = ours(x), theirs(x).logits
-    assert expected.std() > 1                                            # there is something to agree about
+    assert expected.std() > 1  # there is something to agree about
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    greedy = theirs.generate(x[:1, :9], attention_mask=torch.ones(1, 9), max_new_tokens=30, do_sample=False,
-                             eos_token_id=None, pad_token_id=0)
-    assert [row[0] for row in generate(ours, [x[0, :9].tolist()], 30, temperature=0)] == greedy[0, 9:].tolist()
+    greedy = theirs.generate(x[:1, :9], attention_mask=torch.ones(1, 9), max_new_tokens=30,
+                             do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert [row[0] for row in generate(ours, [x[0, :9].tolist()], 30, temperature=0)
+            ] == greedy[0, 9:].tolist()
 
 
 def test_the_positions_of_llama_3_agree_up_to_the_last(tmp_path, tok):
-    options = dict(max_position_embeddings=131_072, rope_parameters={
-        **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0})
+    options = dict(
+        max_position_embeddings=131_072, rope_parameters={
+            **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192,
+            "rope_theta": 500_000.0
+        })
     theirs = save_model(tmp_path, "Llama", tok=tok, head_dim=64, **options)
     saved = loaded(tmp_path)
     rope = Model.from_state(saved["shape"], saved["model"]).rope
@@ -323,25 +665,39 @@ def edit_weights(folder, change):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("options, said", [
-    (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
-    (dict(model_type="qwen3_moe"), "qwen3_moe"), (dict(architectures=["LlamaForSequenceClassification"]), "only"),
-    (dict(hidden_act="gelu"), "hidden_act is gelu"), (dict(attention_bias=True), "attention_bias"),
-    (dict(mlp_bias=True), "mlp_bias"), (dict(pretraining_tp=2), "pretraining_tp is 2"),
-    (dict(use_sliding_window=True), "use_sliding_window"), (dict(layer_types=["sliding_attention"] * 2), "sliding_att"),
-    (dict(quantization_config={"quant_method": "gptq"}), "gptq"), (dict(partial_rotary_factor=0.5), "partial_rotary"),
-    (dict(auto_map={"AutoModelForCausalLM": "modeling.X"}), "auto_map"),
-    *((dict(rope_scaling={"type": kind, "factor": 2.0}), kind) for kind in ("linear", "dynamic", "yarn", "longrope")),
-    (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
-    (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "0.5"),
-    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "full_attention"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
-    (dict(hidden_size=None), "hidden_size missing"), (dict(num_key_value_heads=3), "n_kv_heads (3) must divide"),
-    (dict(num_hidden_layers="2"), "config.json"), (dict(vocab_size=300), "embeds 300"),
-    (dict(intermediate_size=64), "[48, 32] instead of [64, 32] and 3 more"),
-    (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight not expected"),
-    (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight missing"),
-    (dict(tie_word_embeddings=True), "lm_head.weight unlike model.embed_tokens.weight")])
+@pytest.mark.parametrize(
+    "options, said",
+    [(dict(model_type="mistral", architectures=["MistralForCausalLM"]), "sliding_window"),
+     (dict(model_type="mistral", architectures=["MistralForCausalLM"],
+           sliding_window=64), "sliding_window"),
+     (dict(model_type="gemma", architectures=["GemmaForCausalLM"]), "GemmaForCausalLM"),
+     (dict(model_type="qwen3_moe"), "qwen3_moe"),
+     (dict(architectures=["LlamaForSequenceClassification"]), "only"),
+     (dict(hidden_act="gelu"), "hidden_act is gelu"), (dict(attention_bias=True), "attention_bias"),
+     (dict(mlp_bias=True), "mlp_bias"), (dict(pretraining_tp=2), "pretraining_tp is 2"),
+     (dict(use_sliding_window=True), "use_sliding_window"),
+     (dict(layer_types=["sliding_attention"] * 2), "sliding_att"),
+     (dict(quantization_config={"quant_method": "gptq"}), "gptq"),
+     (dict(partial_rotary_factor=0.5), "partial_rotary"),
+     (dict(auto_map={"AutoModelForCausalLM": "modeling.X"}), "auto_map"),
+     *((dict(rope_scaling={"type": kind, "factor": 2.0}), kind)
+       for kind in ("linear", "dynamic", "yarn", "longrope")),
+     (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
+     (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "0.5"),
+     (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "full_attention"),
+     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+     (dict(hidden_size=None), "hidden_size missing"),
+     (dict(num_key_value_heads=3), "n_kv_heads (3) must divide"),
+     (dict(num_hidden_layers="2"), "num_hidden_layers is '2'"),
+     (dict(num_hidden_layers=10**12), "layers"),
+     (dict(max_position_embeddings=10**12), "max_position"), (dict(model_type=[]), "model_type"),
+     (dict(hidden_size=32.0), "hidden_size is 32.0"), (dict(rope_scaling="x"), "rope_scaling is"),
+     (dict(rope_scaling={**LLAMA3, "factor": "8"}), "factor is"),
+     (dict(layer_types=[{}]), "layer_types has {}"), (dict(vocab_size=300), "embeds 300"),
+     (dict(intermediate_size=64), "[48, 32] instead of [64, 32] and 3 more"),
+     (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight not expected"),
+     (dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight missing"),
+     (dict(tie_word_embeddings=True), "lm_head.weight unlike model.embed_tokens.weight")])
 def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options, said):
     save_model(tmp_path, "Llama", tok=tok)
     change(tmp_path / "config.json", **options)
@@ -349,19 +705,24 @@ def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options,
     assert said in sentence and sentence.startswith(str(tmp_path))
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (lambda f: (f / "config.json").unlink(), "without config.json"),
-    (lambda f: (f / "config.json").write_text("{"), "config.json"),
-    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not there"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not whole"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "not whole"),
-    (lambda f: (f / "tokenizer.model").unlink(), "neither tokenizer.model"),
-    (lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")), "lm_head.weight missing"),
-    (lambda f: edit_weights(f, lambda w: w.update(x=torch.ones(2))), "x not expected"),
-    (lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(32).to(torch.int8)})), "int8")])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [(lambda f: (f / "config.json").unlink(), "without config.json"),
+     (lambda f: (f / "config.json").write_text("{"), "config.json"),
+     (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not there"),
+     (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not whole"),
+     (lambda f: (f / "model.safetensors").write_bytes(
+         (f / "model.safetensors").read_bytes()[:-9]), "not whole"),
+     (lambda f: (f / "tokenizer.model").unlink(), "neither tokenizer.model"),
+     (lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")), "lm_head.weight missing"),
+     (lambda f: edit_weights(f, lambda w: w.update(x=torch.ones(2))), "x not expected"),
+     (lambda f: edit_weights(
+         f, lambda w: w.update({"model.norm.weight": torch.ones(32).to(torch.int8)})), "int8")])
 def test_a_folder_that_is_not_whole_ends_in_one_sentence(tmp_path, tok, spoil, said):
     save_model(tmp_path, "Llama", tok=tok)
-    edit_weights(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    edit_weights(
+        tmp_path,
+        lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     loaded(tmp_path)                               # which old folders have, and nothing needs
     spoil(tmp_path)
     sentence = refused(loaded, tmp_path)
@@ -381,27 +742,28 @@ def test_without_safetensors_one_line_says_what_to_install(tmp_path, tok, monkey
     assert "pip install safetensors" in refused(loaded, tmp_path)
 
 
-# ---- stages that start from an imported folder --------------------------------------------------------------------------
+# ---- stages that start from an imported folder ---------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tok):
-    """A Llama of 131,072 positions with our tokenizer, weights in bfloat16; best.pt is its checkpoint."""
+    """A Llama of 131,072 positions with our tokenizer, in bfloat16; best.pt is its checkpoint."""
     path = tmp_path_factory.mktemp("folder")
-    save_model(path, "Llama", torch.bfloat16, tok, max_position_embeddings=131_072, tie_word_embeddings=True,
-               rope_parameters={**LLAMA3, "rope_theta": 500_000.0})
+    save_model(path, "Llama", torch.bfloat16, tok, max_position_embeddings=131_072,
+               tie_word_embeddings=True, rope_parameters={**LLAMA3, "rope_theta": 500_000.0})
     import_weights(path, path / "best.pt")
     return path
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, folder, tok, pretrain_dir, sft_dir):
-    """train(stage, **constants) runs its main() from the model on rows of 80 and returns the losses in its log."""
+    """train(stage, **constants) runs its main() on rows of 80; returns the losses in its log."""
     def call(stage, **constants):
         where = dict(checkpoint=f"{folder}/best.pt", data_dir=str(sft_dir)) if stage is sft else \
-            dict(init_from=f"{folder}/best.pt", data_dir=str(pretrain_dir), dim=64)                # dim is not looked at
-        values = dict(device="cpu", dtype="float32", compile="off", max_seq_len=80, batch_tokens=400, max_steps=4,
-                      eval_interval=2, warmup=0.0, lr=0.01, muon_lr=0.01, sample_prompts="", resume=False,
-                      tokenizer=tok.name, out_dir=str(tmp_path / "out"), **where)
+            dict(init_from=f"{folder}/best.pt", data_dir=str(pretrain_dir), dim=64)  # has no effect
+        values = dict(device="cpu", dtype="float32", compile="off", max_seq_len=80,
+                      batch_tokens=400, max_steps=4, eval_interval=2, warmup=0.0, lr=0.01,
+                      muon_lr=0.01, sample_prompts="", resume=False, tokenizer=tok.name,
+                      out_dir=str(tmp_path / "out"), **where)
         for name, value in {**values, **constants}.items():
             monkeypatch.setattr(stage, name, value)
         monkeypatch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e9)
@@ -416,14 +778,16 @@ BOTH = pytest.mark.parametrize("stage", [pretrain, sft], ids=["pretrain", "sft"]
 
 
 @BOTH
-def test_training_goes_on_from_an_imported_model_on_short_rows(train, tmp_path, tok, folder, stage, capsys):
+def test_training_goes_on_from_an_imported_model_on_short_rows(train, tmp_path, tok, folder, stage,
+                                                               capsys):
     log = train(stage, tokenizer=str(folder))
     assert "400 tokens = 5 rows of 80" in capsys.readouterr().out
-    best, before = checkpoints.load(f"{tmp_path}/out/best.pt"), checkpoints.load(f"{folder}/best.pt")
+    best = checkpoints.load(f"{tmp_path}/out/best.pt")
+    before = checkpoints.load(f"{folder}/best.pt")
     assert best["shape"] == before["shape"] and best["shape"]["max_seq_len"] == 131_072
     moved = [(w - before["model"][name]).abs().max().item() for name, w in best["model"].items()]
-    assert 0 < max(moved) < 0.2 and log[-1] < log[0]                     # it started there, and went on
-    resumed = train(stage, resume=True, max_steps=5)                     # the same tokenizer by another name
+    assert 0 < max(moved) < 0.2 and log[-1] < log[0]  # it started there, and went on
+    resumed = train(stage, resume=True, max_steps=5)  # the same tokenizer by another name
     assert resumed[:4] == log and len(resumed) == 5
     for name, value in (("max_seq_len", 81), ("seed", 1)):
         with pytest.raises(SystemExit, match=f"another .*{name}"):
@@ -454,16 +818,19 @@ def test_what_does_not_fit_ends_in_one_sentence(train, tmp_path, other_tok, stag
         assert "prepare_sft.py --max_seq_len=40" in refused(lambda: train(stage, max_seq_len=40))
 
 
-@pytest.mark.parametrize("script, constant", [("pretrain.py", "init_from"), ("sft.py", "checkpoint"),
-                                              ("sample.py", "checkpoint"), ("eval_bleu.py", "checkpoint"),
+@pytest.mark.parametrize("script, constant", [("pretrain.py", "init_from"),
+                                              ("sft.py", "checkpoint"), ("sample.py", "checkpoint"),
+                                              ("eval_bleu.py", "checkpoint"),
                                               ("extras.export", "checkpoint")])
-def test_a_folder_given_to_a_stage_is_answered_with_the_command_that_imports_it(script, constant, folder, tmp_path,
-                                                                                pretrain_dir, sft_dir):
-    data = [f"--data_dir={pretrain_dir if script == 'pretrain.py' else sft_dir}", f"--tokenizer={folder}"] \
-        if script in ("pretrain.py", "sft.py") else []
-    done = run(script, tmp_path, f"--{constant}={folder}", *data)
+def test_a_folder_given_to_a_stage_is_answered_with_the_command_that_imports_it(
+        script, constant, folder, tmp_path, pretrain_dir, sft_dir):
+    data_dir = pretrain_dir if script == "pretrain.py" else sft_dir
+    data = [f"--data_dir={data_dir}", f"--tokenizer={folder}"]
+    trains = script in ("pretrain.py", "sft.py")
+    done = run(script, tmp_path, f"--{constant}={folder}", *(data if trains else []))
     assert done.rc == 1 and done.err.count("\n") == 1, done.err
-    assert f"python -m extras.import_weights --source={folder}" in done.err and not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert f"python -m extras.import_weights --source={folder}" in done.err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
@@ -472,81 +839,152 @@ def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
     lines = [json.dumps({"messages": dialogue(random.Random(i), 1)}) for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
     here = ["--tokenizer=qwen", "--data_dir=data"]
-    done = run("prepare_sft.py", tmp_path, *here, "--corpora=messages:a.jsonl", "--max_seq_len=100", "--show=1",
-               "--val_fraction=0.3", "--workers=1")
+    done = run("prepare_sft.py", tmp_path, *here, "--corpora=messages:a.jsonl", "--max_seq_len=100",
+               "--show=1", "--val_fraction=0.3", "--workers=1")
     assert done.rc == 0 and "<|im_start|>user\n" in done.out and "<|im_end|>】" in done.out, done.err
     done = run("extras.import_weights", tmp_path, "--source=qwen", "--out=base/best.pt")
     assert done.rc == 0 and "2 layers of 32, 4 heads of 8 on 2" in done.out, done.err
-    done = run("sft.py", tmp_path, *here, "--checkpoint=base/best.pt", "--max_seq_len=100", "--batch_tokens=200",
-               "--max_steps=2", "--device=cpu", "--compile=off")
+    done = run("sft.py", tmp_path, *here, "--checkpoint=base/best.pt", "--max_seq_len=100",
+               "--batch_tokens=200", "--max_steps=2", "--device=cpu", "--compile=off")
     assert done.rc == 0 and "你是谁？ -> " in done.out, done.err
-    done = run("sample.py", tmp_path, "--checkpoint=out/sft/best.pt", "--prompt=你好", "--max_new_tokens=5",
-               "--device=cpu")
+    done = run("sample.py", tmp_path, "--checkpoint=out/sft/best.pt", "--prompt=你好",
+               "--max_new_tokens=5", "--device=cpu")
     assert done.rc == 0 and "tokens/s" in done.err, done.err
 
 
-def test_a_base_model_continues_and_a_chat_model_answers(tmp_path, monkeypatch, capsys):
-    for eos, name in ((320, "<|endoftext|>"), (322, "<|im_end|>")):
-        path = tmp_path / str(eos)
-        model, hf = save_model(path, "Qwen2", eos_token_id=eos), byte_level(path, eos=name)
-        hf.backend_tokenizer.no_truncation()
-        ids = [320] + hf.encode("你好") if eos == 320 else hf.encode(hf.apply_chat_template(
-            [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True))
-        new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=20,
-                             do_sample=False, eos_token_id=sorted({320, eos}), pad_token_id=0)[0, len(ids):]
-        assert len(set(new.tolist())) > 3                                # the model says something
-        for constant, value in dict(checkpoint=import_weights(path, path / "best.pt"), device="cpu", dtype="float32",
-                                    temperature=0.0, max_new_tokens=20, prompt="你好").items():
-            monkeypatch.setattr(sample, constant, value)
-        capsys.readouterr()                                              # what the import printed
-        sample.main()
-        assert capsys.readouterr().out == "你好" * (eos == 320) + hf.decode(new, skip_special_tokens=True) + "\n"
+def answer(checkpoint, monkeypatch, capsys):
+    """What sample.py prints for the prompt 你好."""
+    for constant, value in dict(checkpoint=checkpoint, device="cpu", dtype="float32",
+                                temperature=0.0, max_new_tokens=20, prompt="你好").items():
+        monkeypatch.setattr(sample, constant, value)
+    capsys.readouterr()                                              # what the import printed
+    sample.main()
+    return capsys.readouterr().out
+
+
+def test_a_base_model_continues_its_text(tmp_path, monkeypatch, capsys):
+    model, hf = save_model(tmp_path, "Qwen2", eos_token_id=320), byte_level(tmp_path)
+    hf.backend_tokenizer.no_truncation()
+    ids = torch.tensor([[320] + hf.encode("你好")])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
+                         do_sample=False, eos_token_id=320, pad_token_id=0)[0, ids.shape[1]:]
+    assert len(set(new.tolist())) > 3                                    # the model says something
+    checkpoint = import_weights(tmp_path, tmp_path / "best.pt")
+    expected = "你好" + hf.decode(new, skip_special_tokens=True) + "\n"
+    assert answer(checkpoint, monkeypatch, capsys) == expected
+
+
+@CHAT
+def test_a_chat_model_answers_as_in_transformers(tmp_path, monkeypatch, capsys, chat):
+    ours, hf, end = chat_folder(tmp_path, chat)
+    kind = "Llama" if "L" in chat else "Mistral" if "M" in chat else "Qwen2"
+    model = save_model(tmp_path, kind, eos_token_id=sorted(ours.stop_ids),
+                       **({"sliding_window": None} if "Mis" in chat else {}))
+    asked = [{"role": "user", "content": "你好"}]
+    ids = torch.tensor([hf.apply_chat_template(asked, add_generation_prompt=True, **OPTIONS)])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
+                         do_sample=False, pad_token_id=0)
+    new = new[0, ids.shape[1]:]
+    assert len(set(new.tolist())) > 3
+    checkpoint = import_weights(tmp_path, tmp_path / "best.pt")
+    assert answer(checkpoint, monkeypatch, capsys) == ours.decode(new.tolist()) + "\n"
+
+
+def test_a_template_decides_what_is_a_chat_model_where_turns_end_like_documents(tmp_path, capsys):
+    folder = tmp_path / "zephyr"
+    unknown = ZEPHYR.replace("|user|", "|human|")
+    for jinja, stage in ((ZEPHYR, "sft"), (None, "pretrain"), (unknown, "pretrain")):
+        metaspace(folder, chat_template=jinja)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        change(folder / "tokenizer_config.json", chat_template=jinja)
+        save_model(folder, "Llama", eos_token_id=2)
+        capsys.readouterr()
+        assert loaded(folder)["stage"] == stage
+        assert ("template is not known" in capsys.readouterr().out) == (jinja == unknown)
+    byte_level(tmp_path / "llama", **LLAMA_3_TOKENS, chat_template=LLAMA_3)
+    for eos, stage in ((320, "pretrain"), ([320, 324], "sft")):
+        save_model(tmp_path / "llama", "Llama", eos_token_id=eos)
+        assert loaded(tmp_path / "llama")["stage"] == stage
+    (tmp_path / "llama/generation_config.json").unlink()                 # config.json says so, too
+    assert loaded(tmp_path / "llama")["stage"] == "sft"
+
+
+def test_preparing_with_an_unknown_chat_template_is_refused_before_the_work(tmp_path, monkeypatch):
+    byte_level(tmp_path / "model", chat_template="{{ messages }}")
+    monkeypatch.setattr(prepare_sft, "tokenizer", str(tmp_path / "model"))
+    monkeypatch.setattr(prepare_sft, "corpora", "messages:none.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert "chat template" in refused(prepare_sft.main)
+
+
+def test_a_base_model_that_is_exported_is_none_of_chat(tmp_path, monkeypatch):
+    metaspace(tmp_path / "base", chat_template=None)
+    save_model(tmp_path / "base", "Llama", eos_token_id=2)
+    for stage in "pretrain", "sft":
+        checkpoint = import_weights(tmp_path / "base", tmp_path / "best.pt", stage=stage)
+        for name, value in dict(checkpoint=checkpoint, out=str(tmp_path / stage)).items():
+            monkeypatch.setattr(export, name, value)
+        export.main()
+        assert loaded(tmp_path / stage)["stage"] == stage
+        settings = json.loads((tmp_path / stage / "tokenizer_config.json").read_text("utf-8"))
+        assert settings["padding_side"] == "left"
+        assert ("chat_template" in settings) == (stage == "sft")
 
 
 def test_bleu_is_computed_for_an_imported_model(tmp_path, tok, monkeypatch, capsys):
     save_model(tmp_path / "model", "Llama", tok=tok, eos_token_id=[2, 7])
-    line = {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]}
+    asked, answered = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}
+    line = {"messages": [asked, answered]}
     (tmp_path / "test.jsonl").write_text(json.dumps(line), "utf-8")
     import_weights(tmp_path / "model", tmp_path / "model.pt")
-    for name, value in dict(checkpoint="model.pt", questions="test.jsonl", max_new_tokens=5, device="cpu").items():
+    for name, value in dict(checkpoint="model.pt", questions="test.jsonl", max_new_tokens=5,
+                            device="cpu").items():
         monkeypatch.setattr(eval_bleu, name, value)
     monkeypatch.chdir(tmp_path)
     eval_bleu.main()
     assert "on 1 questions" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, corpora", [(prepare_sft, "messages:a.jsonl"), (prepare_pretrain, "text:a.jsonl")])
-def test_a_vocabulary_over_65536_is_refused_where_bins_are_made(tmp_path, monkeypatch, stage, corpora):
+@pytest.mark.parametrize("stage, corpora", [(prepare_sft, "messages:a.jsonl"),
+                                            (prepare_pretrain, "text:a.jsonl")])
+def test_a_vocabulary_over_65536_is_refused_where_bins_are_made(tmp_path, monkeypatch, stage,
+                                                                corpora):
     byte_level(tmp_path / "big")
     spec = json.loads((tmp_path / "big/tokenizer.json").read_text("utf-8"))
     spec["model"]["vocab"].update({f"w{i}": i for i in range(320, 70_000)})
     (tmp_path / "big/tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": dialogue(random.Random(0), 1)}), "utf-8")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": dialogue(random.Random(0), 1)}),
+                                      "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "corpora", corpora)
     monkeypatch.setattr(stage, "tokenizer", "big")
     sentence = refused(stage.main)
-    assert "big" in sentence and "70,004" in sentence and "65,536" in sentence
+    assert "big" in sentence and "70,005" in sentence and "65,536" in sentence
 
 
-# ---- baby-llama2-chinese --------------------------------------------------------------------------------------
+# ---- baby-llama2-chinese -------------------------------------------------------------------------
 
 def baby_llama2(vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48):
     """Random weights under the names of that project."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(size, generator=generator) * 0.2 + (len(size) == 1)
-    k, weights = n_kv_heads * dim // n_heads, {"tok_embeddings.weight": draw(vocab_size, dim), "norm.weight": draw(dim)}
+    k, weights = n_kv_heads * dim // n_heads, {
+        "tok_embeddings.weight": draw(vocab_size, dim), "norm.weight": draw(dim)
+    }
     weights["output.weight"] = weights["tok_embeddings.weight"]
     for i in range(n_layers):
-        sizes = {"attention.wq": (dim, dim), "attention.wk": (k, dim), "attention.wv": (k, dim),
-                 "attention.wo": (dim, dim), "feed_forward.w1": (hidden_dim, dim), "feed_forward.w2": (dim, hidden_dim),
-                 "feed_forward.w3": (hidden_dim, dim), "attention_norm": (dim,), "ffn_norm": (dim,)}
+        sizes = {
+            "attention.wq": (dim, dim), "attention.wk": (k, dim), "attention.wv": (k, dim),
+            "attention.wo": (dim, dim), "feed_forward.w1": (hidden_dim, dim),
+            "feed_forward.w2": (dim, hidden_dim), "feed_forward.w3": (hidden_dim, dim),
+            "attention_norm": (dim, ), "ffn_norm": (dim, )
+        }
         weights.update({f"layers.{i}.{name}.weight": draw(*size) for name, size in sizes.items()})
     return weights
 
 
 def naive_logits(w, ids, n_heads):
-    """Logits (T, V) of such weights, a query at a time; x[2i] + x[2i + 1] j is turned by its position's angle."""
+    """Logits (T, V) of such weights, a query at a time; x[2i] + x[2i + 1] j turns by an angle."""
     norm = lambda x, name: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
     x = w["tok_embeddings.weight"][ids]
     D = x.shape[1] // n_heads
@@ -573,20 +1011,22 @@ def naive_logits(w, ids, n_heads):
 
 @pytest.fixture
 def imported(tmp_path, tok):
-    """imported(weights, **constants) runs extras/import_weights.py on them and returns the checkpoint's path."""
+    """imported(weights, **constants) imports them; returns the path of the checkpoint."""
     def call(weights, **constants):
         torch.save(weights, tmp_path / "epoch.pth")
-        values = dict(source=tmp_path / "epoch.pth", out=tmp_path / "best.pt", tokenizer=tok.name, n_heads=4,
-                      max_seq_len=80)
+        values = dict(source=tmp_path / "epoch.pth", out=tmp_path / "best.pt", tokenizer=tok.name,
+                      n_heads=4, max_seq_len=80)
         return import_weights(**{**values, **constants})
     return call
 
 
 @pytest.mark.parametrize("prefix, sizes", [("", {}), ("_orig_mod.", dict(n_heads=2, n_kv_heads=2)),
-                                           ("module.", dict(n_kv_heads=1)), ("_orig_mod.module.", dict(n_kv_heads=4))])
+                                           ("module.", dict(n_kv_heads=1)),
+                                           ("_orig_mod.module.", dict(n_kv_heads=4))])
 def test_logits_are_those_of_a_naive_baby_llama2(imported, tok, prefix, sizes):
     weights, n_heads = baby_llama2(tok.vocab_size, **sizes), sizes.get("n_heads", 4)
-    saved = checkpoints.load(imported({prefix + name: w for name, w in weights.items()}, n_heads=n_heads))
+    named = {prefix + name: w for name, w in weights.items()}
+    saved = checkpoints.load(imported(named, n_heads=n_heads))
     assert saved["stage"] == "sft" and saved["shape"]["n_kv_heads"] == sizes.get("n_kv_heads", 2)
     assert saved["shape"]["tie_embeddings"] and saved["tokenizer_sha256"] == tok.sha256
     ids = torch.randint(tok.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
@@ -598,18 +1038,35 @@ def test_logits_are_those_of_a_naive_baby_llama2(imported, tok, prefix, sizes):
 
 
 def test_an_imported_model_is_fine_tuned(imported, train, tok):
-    log = train(sft, checkpoint=imported(baby_llama2(tok.vocab_size), stage="pretrain"), max_seq_len=0)
+    log = train(sft, checkpoint=imported(baby_llama2(tok.vocab_size), stage="pretrain"),
+                max_seq_len=0)
     assert log[-1] < log[0]
 
 
-@pytest.mark.parametrize("spoil, constants, said", [
-    (lambda w: w, dict(n_heads=5), "--n_heads=5"), (lambda w: w, dict(stage="chat"), "pretrain or sft"),
-    (lambda w: {"model": w}, {}, "state_dict"), (lambda w: {}, {}, "missing"),
-    (lambda w: {**w, "lora.weight": torch.ones(2)}, {}, "lora.weight"),
-    (lambda w: {name: t for name, t in w.items() if name != "norm.weight"}, {}, "norm.weight"),
-    (lambda w: {**w, "norm.weight": torch.ones(5)}, {}, "size mismatch"),
-    (lambda w: {name: t[:99] if t.shape[0] == 400 else t for name, t in w.items()}, {}, "99 tokens"),
-    (lambda w: w, dict(source="none.pth"), "none.pth: cannot be read"), (lambda w: open, {}, "cannot be read"),
-    (lambda w: w, dict(tokenizer=""), "--tokenizer= names"), (lambda w: w, dict(out="."), "--out=.: name a file")])
+def test_a_head_of_its_own_is_noticed(imported, tok, capsys):
+    weights = baby_llama2(tok.vocab_size)
+    saved = checkpoints.load(imported({**weights, "output.weight": weights["output.weight"] + 0.1}))
+    assert not saved["shape"]["tie_embeddings"]
+    assert "output.weight differs" in capsys.readouterr().out
+    imported(weights)
+    assert "differs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil, constants, said",
+    [(lambda w: w, dict(n_heads=5), "--n_heads=5"),
+     (lambda w: w, dict(stage="chat"), "pretrain or sft"),
+     (lambda w: {"model": w}, {}, "state_dict"), (lambda w: {}, {}, "missing"),
+     (lambda w: {**w, "lora.weight": torch.ones(2)}, {}, "lora.weight"),
+     (lambda w: w.pop("norm.weight") is w or w, {}, "norm.weight"),
+     (lambda w: {**w, "norm.weight": torch.ones(5)}, {}, "size mismatch"),
+     (lambda w: {name: t[:99] if len(t) == 400 else t for name, t in w.items()}, {}, "99 tokens"),
+     (lambda w: {**w, "layers.1.attention.wq.weight": torch.ones(31, 32)}, {},
+      "wq.weight has the shape [31, 32]"),
+     (lambda w: {**w, "tok_embeddings.weight": torch.ones(400)}, {}, "not all are matrices"),
+     (lambda w: w, dict(source="none.pth"), "none.pth: cannot be read"),
+     (lambda w: open, {}, "cannot be read"),
+     (lambda w: w, dict(tokenizer=""), "--tokenizer= names"),
+     (lambda w: w, dict(out="."), "--out=.: name a file")])
 def test_what_is_no_baby_llama2_ends_in_one_sentence(imported, tok, spoil, constants, said):
     assert said in refused(lambda: imported(spoil(baby_llama2(tok.vocab_size)), **constants))

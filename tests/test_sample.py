@@ -174,7 +174,7 @@ def test_a_chat_forgets_the_oldest_turns_when_the_context_is_full(say, tok, monk
     say("sft", stdin="".join(f"老师{i}在河边吗\n" for i in range(9)), max_new_tokens=12)
     assert len(heard) == 9 and all(len(ids) + 12 <= SIZE for ids in heard)
     asked = [[text for text in tok.decode(ids).split("老师")[1:]] for ids in heard]
-    assert all(ids[:2] == [tok.bos_id, tok.roles["user"]] for ids in heard)
+    assert all(ids[:2] == [tok.bos_id, tok.controls["<|user|>"]] for ids in heard)
     assert [questions[-1] for questions in asked] == [f"{i}在河边吗" for i in range(9)]
     assert asked[1][0] == "0在河边吗好。" and 2 <= len(asked[-1]) < 9     # what fits is remembered, the rest forgotten
 

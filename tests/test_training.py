@@ -231,7 +231,7 @@ def test_a_batch_of_examples_counts_the_answers_from_their_first_token(settings,
             n = len(ids) - 1
             assert line[at:at + n] == ids[:-1]
             assert targets[at:at + n] == [id if m else IGNORE for id, m in zip(ids[1:], mask[1:])]
-            answer = ids.index(tok.roles["assistant"])
+            answer = ids.index(tok.controls["<|assistant|>"])
             assert targets[at + answer] == ids[answer + 1] != IGNORE     # predicted from the header of the turn
             assert targets[at + n - 1] == tok.end_id
             at += n
