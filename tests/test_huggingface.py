@@ -945,23 +945,6 @@ def test_bleu_is_computed_for_an_imported_model(tmp_path, tok, monkeypatch, caps
     assert "on 1 questions" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage, corpora", [(prepare_sft, "messages:a.jsonl"),
-                                            (prepare_pretrain, "text:a.jsonl")])
-def test_a_vocabulary_over_65536_is_refused_where_bins_are_made(tmp_path, monkeypatch, stage,
-                                                                corpora):
-    byte_level(tmp_path / "big")
-    spec = json.loads((tmp_path / "big/tokenizer.json").read_text("utf-8"))
-    spec["model"]["vocab"].update({f"w{i}": i for i in range(320, 70_000)})
-    (tmp_path / "big/tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": dialogue(random.Random(0), 1)}),
-                                      "utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage, "corpora", corpora)
-    monkeypatch.setattr(stage, "tokenizer", "big")
-    sentence = refused(stage.main)
-    assert "big" in sentence and "70,005" in sentence and "65,536" in sentence
-
-
 # ---- baby-llama2-chinese -------------------------------------------------------------------------
 
 def baby_llama2(vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48):
