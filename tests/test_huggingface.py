@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import eval_bleu
-import prepare_pretrain
 import prepare_sft
 import pretrain
 import runtime
