@@ -308,8 +308,9 @@ def check_constants():
 
 def main():
     check_constants()
-    inputs, tok = sources(corpora, TABLE), load(tokenizer)
+    tok = load(tokenizer)
     tok.prompt([])                             # refuses a chat template that is not known
+    inputs = sources(corpora, TABLE)
     pairs = {name in PREFERENCE for _, name, _ in inputs}
     if len(pairs) == 2:
         raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
