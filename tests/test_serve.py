@@ -60,7 +60,7 @@ def serving(path, **constants):
         thread.start()
         port = listener.getsockname()[1]
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=constants.get("api_key") or "none",
-                               max_retries=0)
+                               max_retries=0, default_headers={"Connection": "close"})
         try:
             yield SimpleNamespace(port=port, client=client, chat=client.chat.completions.create, server=server)
         finally:
@@ -434,10 +434,15 @@ def opened(browser, site, **options):
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda said: problems.append(said.text) if "Content Security Policy" in said.text else None)
     page.goto(f"http://127.0.0.1:{site.port}/")
-    page.locator("#empty").wait_for()
+    page.locator("#empty").wait_for()                                    # it has asked which model there is
     yield page
     context.close()
     assert not problems
+
+
+def reload(page):
+    page.reload()
+    page.locator("#empty").wait_for()
 
 
 def ask(page, text):
@@ -463,12 +468,12 @@ def test_a_visitor_asks_sees_the_answer_stream_and_stops_it(browser, sft, gate):
         said = answer.text_content()
         assert "已停止" in page.inner_text(".foot")
 
-        page.reload()                                                    # the conversation is kept
+        reload(page)                                                     # the conversation is kept
         page.click("#list .title >> text=你是谁")
         assert [page.locator(f".{who} .text").text_content() for who in ("user", "assistant")] == ["<b>你是谁？</b>", said]
         page.click("#language")
         assert page.inner_text("#send") == "Send" and "stopped" in page.inner_text(".foot")
-        page.reload()
+        reload(page)
         assert page.inner_text("#send") == "Send" and page.get_attribute("html", "lang") == "en"
 
         page.set_viewport_size({"width": 360, "height": 640})           # a telephone
@@ -518,7 +523,7 @@ def test_nothing_that_a_model_says_becomes_html(browser, sft):
         ask(page, evil)
         page.click(".inspect")
         page.click(".token")
-        page.reload()
+        reload(page)
         page.click("#list .title")
         assert page.locator(".text").all_text_contents() == [evil, evil]
         page.unroute("**/v1/chat/completions")
