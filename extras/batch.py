@@ -37,13 +37,13 @@ class Call:
 class Batch:
     """The calls that are being generated, each in a row of one KV cache.
 
-    A step writes to the same slot of all rows. A prompt is read into the slots that end at that one,
-    so that rows of different lengths differ in the padding on their left, as in generate().
+    A step writes to the same slot of all rows. A prompt is read into the slots just before it, so
+    that rows of different lengths differ in the padding on their left, as in generate().
     """
 
     def __init__(self, model, max_rows):
         self.model, self.calls, self.slot = model, [], 0       # slot: the next one to be written
-        size = model.config.max_seq_len + CACHE_STEP           # step() keeps some padding below CACHE_STEP
+        size = model.config.max_seq_len + CACHE_STEP           # the least padding stays below a step
         self.caches = empty_caches(model, max_rows, size)
         self.place = torch.arange(size, device=model.norm.weight.device)
 
@@ -63,20 +63,21 @@ class Batch:
         if least >= CACHE_STEP:                # attention then runs over fewer places
             self.shift(-least)
         self.slot += 1
-        return self.draw(self.calls[:], self.logits(self.calls, [call.new[-1:] for call in self.calls]))
+        last = [call.new[-1:] for call in self.calls]
+        return self.draw(self.calls[:], self.logits(self.calls, last))
 
     def logits(self, calls, ids):
-        """The scores (B, V) of what follows the ids (B, T), which go to the T slots before self.slot.
+        """The scores (B, V) of what follows the ids (B, T), which go to the slots before self.slot.
 
         calls: all of them, or only the last.
         """
         rows = slice(len(self.calls) - len(calls), len(self.calls))
-        x = torch.tensor(ids, device=self.place.device)                                 # (B, T)
-        pad = torch.tensor([[call.pad] for call in calls], device=x.device)             # (B, 1)
-        slots = self.place[self.slot - x.shape[1]:self.slot]                            # (T,)
+        x = torch.tensor(ids, device=self.place.device)                           # (B, T)
+        pad = torch.tensor([[call.pad] for call in calls], device=x.device)       # (B, 1)
+        slots = self.place[self.slot - x.shape[1]:self.slot]                      # (T,)
         place = self.place[:CACHE_STEP * math.ceil(self.slot / CACHE_STEP)]
-        mask = (place <= slots[:, None]) & (place >= pad[:, None])                      # (B, T, places)
-        rope = self.model.rope[:, slots - pad]                                          # (2, B, T, 1, D)
+        mask = (place <= slots[:, None]) & (place >= pad[:, None])                # (B, T, places)
+        rope = self.model.rope[:, slots - pad]                                    # (2, B, T, 1, D)
         caches = [(keys[rows], values[rows], slots) for keys, values in self.caches]
         return self.model.next_logits(x, rope, mask[:, None], caches)
 
@@ -88,7 +89,7 @@ class Batch:
         """
         events, context = [], self.model.config.max_seq_len
         for call, row in zip(calls, logits.split(1)):
-            token = choose(row, call.seen, *call.drawing, call.generator)                # (1, 1)
+            token = choose(row, call.seen, *call.drawing, call.generator)         # (1, 1)
             call.seen.scatter_(1, token, True)
             call.new.append(token.item())
             end, longest = None, min(call.max_new_tokens, context - len(call.ids))
@@ -128,7 +129,7 @@ def log_probabilities(logits, token, n):
 
     logits (V,): the network's own, at temperature 1, before top_k, top_p and the penalty.
     """
-    log_p = logits.log_softmax(-1)                                                       # (V,)
+    log_p = logits.log_softmax(-1)                                                # (V,)
     top = log_p.topk(min(n, len(log_p)))
     return log_p[token].item(), list(zip(top.indices.tolist(), top.values.tolist()))
 
@@ -182,7 +183,7 @@ class Worker(threading.Thread):
                     self.send(self.batch.join(call))
                 if calls:
                     self.send(self.batch.step())
-            except Exception:                  # out of memory, for one: these calls fail, the next may not
+            except Exception:                  # out of memory, for one: the next calls may do
                 traceback.print_exc()
                 self.send([(call, None, None, "error") for call in {*calls, *joining}])
                 for call in calls[:]:

@@ -1,8 +1,8 @@
-"""Show a model: a chat page for the browser, and the API that OpenAI's clients speak, in one process.
+"""Show a model: a chat page, and the API that OpenAI's clients speak, in one process.
 
     python -m extras.serve                                     then open http://127.0.0.1:8000
     python -m extras.serve --checkpoint=out/pretrain/best.pt   a text field that the model continues
-    python -m extras.serve --host=0.0.0.0 --api_key=SECRET     for other machines, which need the key
+    python -m extras.serve --host=0.0.0.0 --api_key=SECRET     for other machines, with the key
 
 Requests are generated together, as one batch that they join and leave. An answer is the one that
 sample.py gives for the same seed and constants. docs/serve.md describes the API.
@@ -13,12 +13,12 @@ import base64
 import hashlib
 import hmac
 import json
-import os
 import re
 import socket
 import time
 import uuid
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
@@ -33,13 +33,13 @@ checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py:
 tokenizer          = ""                 # empty: the one that the checkpoint names
 host               = "127.0.0.1"        # 0.0.0.0: other machines may connect, with an api_key
 port               = 8000               # 0: any free one; it is printed
-api_key            = ""                 # what clients send as "Authorization: Bearer KEY"; empty: none
-max_batch          = 16                 # requests generated at once; each takes a row of the KV cache
+api_key            = ""                 # clients send "Authorization: Bearer KEY"; empty: no key
+max_batch          = 16                 # requests generated at once, each a row of the KV cache
 max_queue          = 128                # requests that wait for a row; more are refused with 429
 max_body           = 256                # KiB of a request
 max_seconds        = 300                # of generating an answer, which is cut then
 most_new_tokens    = 2048               # of an answer, whatever the client asks for
-max_new_tokens     = 256                # of an answer where the client does not say; so for the next four
+max_new_tokens     = 256                # of an answer; this and the next four: unless the client says
 temperature        = 0.7                # 0: always the most likely token; higher: more varied
 top_k              = 0                  # draw from the k most likely tokens only; 0: from all
 top_p              = 0.9                # draw from the fewest tokens whose probabilities reach this
@@ -51,8 +51,10 @@ config.override(globals())
 try:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
 except ImportError:
@@ -186,7 +188,7 @@ def read_call(body, chat, state):
 # -----------------------------------------------------------------------------------------------
 # what comes back
 
-async def answer(call, stops, chat, tok):
+async def answer(call, stops, chat, tok, worker):
     """Yield the parts of an answer: (text, scores of a token or None, why the answer ends or None).
 
     scores: (token, its log-probability, [(likely token, its log-probability)], offset in the text).
@@ -208,7 +210,8 @@ async def answer(call, stops, chat, tok):
             until = len(text) if end else max(said, len(text) - held)
             yield text[said:until], scores, end
             said = until
-    finally:                                   # the client may have gone: then nothing has ended
+    finally:                                   # the client may have gone in the middle of it
+        worker.cancel(call)
         log(f"{len(call.ids)} + {len(call.new)} tokens, {end or 'cancelled'}")
 
 
@@ -254,8 +257,8 @@ def choice(text, scores, end, chat, part, tok):
 
 
 def usage(call):
-    return {"prompt_tokens": len(call.ids), "completion_tokens": len(call.new),
-            "total_tokens": len(call.ids) + len(call.new)}
+    n_prompt, n_new = len(call.ids), len(call.new)
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 
 async def events(parts, head, call, chat, tok, with_usage):
@@ -290,45 +293,32 @@ async def whole(parts, head, call, chat, tok):
 # -----------------------------------------------------------------------------------------------
 # endpoints
 
-class Cancelling:
-    """A response whose call is cancelled when it ends, also because the client has gone."""
-
-    def __init__(self, response, worker, call):
-        self.response, self.worker, self.call = response, worker, call
-
-    async def __call__(self, scope, receive, send):
-        try:
-            await self.response(scope, receive, send)
-        finally:
-            self.worker.cancel(self.call)
-
-
 async def complete(request):
     """POST /v1/chat/completions and /v1/completions."""
     state, chat = request.app.state, request.url.path == "/v1/chat/completions"
     try:
         body = await asyncio.wait_for(read_body(request), timeout=30)
-    except asyncio.TimeoutError:
+    except (asyncio.TimeoutError, ClientDisconnect):
         raise Refused(408, "the request did not arrive within 30 seconds") from None
     stops, call, part = read_stops(body), read_call(body, chat, state), bool(body.get("stream"))
     if not state.worker.submit(call):
         raise Refused(429, "too many requests are waiting; try again later", "queue_full")
-    parts = answer(call, stops, chat, state.tok)
+    parts = answer(call, stops, chat, state.tok, state.worker)
     kind = ("chat.completion" + ".chunk" * part) if chat else "text_completion"
     head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind,
             "created": int(time.time()), "model": state.card["id"]}
     if part:
         options = body.get("stream_options")
         with_usage = isinstance(options, dict) and options.get("include_usage")
-        lines = events(parts, head, call, chat, state.tok, with_usage)
-        return Cancelling(StreamingResponse(lines, media_type="text/event-stream"), state.worker, call)
+        return StreamingResponse(events(parts, head, call, chat, state.tok, with_usage),
+                                 media_type="text/event-stream",
+                                 background=BackgroundTask(state.worker.cancel, call))
     response = asyncio.ensure_future(whole(parts, head, call, chat, state.tok))
-    gone = asyncio.ensure_future(request.receive())            # after the body comes a disconnect only
+    gone = asyncio.ensure_future(request.receive())            # all that can come is a disconnect
     try:
         await asyncio.wait({response, gone}, return_when=asyncio.FIRST_COMPLETED)
         return response.result() if response.done() else JSONResponse(None)
     finally:
-        state.worker.cancel(call)
         response.cancel()
         gone.cancel()
 
@@ -381,7 +371,7 @@ def problem(scope):
 
 
 def guarded(app, page):
-    """The app behind problem(). Its headers let browsers run the page's own code and nothing else."""
+    """The app behind problem(); its headers let browsers run the page's own code and no other."""
     allowed = []
     for tag in "script", "style":
         code = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
@@ -408,8 +398,7 @@ def application(saved, tok, name, where):
     """The ASGI application that serves a checkpoint, generating on a device."""
     kind = getattr(torch, runtime.precision(where, dtype)[0])
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
-    with open(os.path.join(os.path.dirname(__file__), "serve.html"), encoding="utf-8") as f:
-        page = f.read()
+    page = Path(__file__).with_suffix(".html").read_text("utf-8")
 
     @asynccontextmanager
     async def lifespan(app):
@@ -456,15 +445,14 @@ def main():
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
     runtime.keep_freed_memory()
-    app = application(saved, tok, os.path.splitext(checkpoint)[0], where)
+    app = application(saved, tok, "/".join(Path(checkpoint).with_suffix("").parts[-2:]), where)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise SystemExit(f"--host={host} --port={port}: {error.strerror}; choose another") from None
     address = f"[{host}]" if ":" in host else host
-    print(f"{checkpoint}: open http://{address}:{listener.getsockname()[1]} in a browser; Ctrl-C ends",
-          flush=True)
+    print(f"open http://{address}:{listener.getsockname()[1]} in a browser; Ctrl-C ends", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False,
                                            timeout_graceful_shutdown=1, limit_concurrency=1000))
     try:

@@ -279,47 +279,63 @@ def test_many_clients_at_once_get_the_answers_of_one_alone(sft, saved, tok):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds the generation: gate.steps.release(n) lets n steps pass. gate.gone is set by a cancellation."""
-    gate, step, cancel = SimpleNamespace(steps=threading.Semaphore(0), gone=threading.Event()), Batch.step, Worker.cancel
+    """Holds the generation: gate.steps.release(n) lets n steps pass; events tell what has happened."""
+    gate = SimpleNamespace(steps=threading.Semaphore(0), joined=threading.Event(), gone=threading.Event())
+    step, join, cancel = Batch.step, Batch.join, Worker.cancel
 
     def held_step(batch):
-        assert gate.steps.acquire(timeout=60)
+        assert gate.steps.acquire(timeout=30)
         return step(batch)
+
+    def seen_join(batch, call):
+        gate.joined.set()
+        return join(batch, call)
 
     def seen_cancel(worker, call):
         cancel(worker, call)
         gate.gone.set()
 
     monkeypatch.setattr(Batch, "step", held_step)
+    monkeypatch.setattr(Batch, "join", seen_join)
     monkeypatch.setattr(Worker, "cancel", seen_cancel)
     return gate
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_full_queue_answers_429_and_a_client_that_goes_frees_its_place(saved, gate, monkeypatch, streamed):
-    logged = []
+def test_a_full_queue_answers_429_and_clients_that_go_free_their_places(saved, gate, monkeypatch, streamed):
+    logged, came, submit = [], threading.Event(), Worker.submit
     monkeypatch.setattr(serve, "log", logged.append)
+    monkeypatch.setattr(Worker, "submit", lambda *args: (submit(*args), came.set())[0])
+    body = json.dumps({"messages": QUESTION, "stream": streamed, "temperature": 0})
+
+    def come(site):
+        client = http.client.HTTPConnection("127.0.0.1", site.port)
+        client.request("POST", CHAT, body)
+        assert came.wait(30)
+        came.clear()
+        return client
+
+    def go(client):
+        gate.gone.clear()
+        client.sock.shutdown(socket.SHUT_RDWR)
+        client.close()
+        assert gate.gone.wait(30)
+
     with serving(saved.sft, max_batch=1, max_queue=1) as site, ThreadPoolExecutor(1) as pool:
-        body = json.dumps({"messages": QUESTION, "stream": streamed, "temperature": 0, "ignore": "x" * 9})
-        going = http.client.HTTPConnection("127.0.0.1", site.port)
-        held = threading.Event()
-        join = Batch.join
-        monkeypatch.setattr(Batch, "join", lambda *args: (join(*args), held.set())[0])
-        going.request("POST", CHAT, body)
-        assert held.wait(60)                                             # it is in the batch
-        submitted, submit = threading.Event(), Worker.submit
-        monkeypatch.setattr(Worker, "submit", lambda *args: (submit(*args), submitted.set())[0])
-        second = pool.submit(site.chat, model="any", messages=QUESTION, temperature=0, max_tokens=5)
-        assert submitted.wait(60)                                        # it waits
+        first = come(site)
+        assert gate.joined.wait(30)                                      # in the batch; the next ones wait
+        waiting = come(site)
         with pytest.raises(openai.RateLimitError, match="try again later"):
             site.chat(model="any", messages=QUESTION)
-        gate.gone.clear()
-        going.sock.shutdown(socket.SHUT_RDWR)
-        going.close()
-        assert gate.gone.wait(60)
+        came.clear()
+        go(waiting)
+        last = pool.submit(site.chat, model="any", messages=QUESTION, temperature=0, max_tokens=5)
+        assert came.wait(30)
+        go(first)
         gate.steps.release(100)
-        assert second.result(60).usage.completion_tokens == 5
-    assert any(line.endswith(" + 1 tokens, cancelled") or line.endswith(" + 2 tokens, cancelled") for line in logged)
+        assert last.result(30).usage.completion_tokens == 5
+    counts = [line.split(" + ")[1] for line in logged if "cancelled" in line]
+    assert counts[0] == "0 tokens, cancelled" and counts[1] in ("1 tokens, cancelled", "2 tokens, cancelled")
     assert not any("你是谁" in line for line in logged)
 
 
@@ -462,7 +478,7 @@ def test_a_visitor_asks_sees_the_answer_stream_and_stops_it(browser, sft, gate):
         assert answer.text_content().startswith(first) and page.locator("#stop").is_visible()
         gate.gone.clear()
         page.click("#stop")
-        assert gate.gone.wait(60)
+        assert gate.gone.wait(30)
         gate.steps.release(1000)
         page.locator("#send").wait_for()
         said = answer.text_content()
