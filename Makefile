@@ -32,8 +32,14 @@ test: .venv/test
 	$(PYTHON) -m pip install --quiet -r requirements.txt matplotlib
 	@touch $@
 
+# The page of extras/serve.py is tested in a browser: the system's, or one that Playwright downloads. CI may install one.
 .venv/test: .venv/demo
-	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard
+	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
+	starlette uvicorn openai playwright
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	$(PYTHON) -m playwright install --only-shell chromium >/dev/null 2>&1 || \
+	{ test -n "$$CI" && apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; } || \
+	echo "no browser could be installed: the tests of the page will be skipped"
 	@touch $@
 
 .PHONY: demo test
