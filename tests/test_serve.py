@@ -505,6 +505,8 @@ def test_a_visitor_asks_sees_the_answer_stream_and_stops_it(browser, sft, gate):
         first = texts(page)[1]
         gate.steps.release(5)
         page.wait_for_function(LONGER, arg=len(first))
+        page.click("#language")                                # there and back in the middle of it
+        page.click("#language")
         assert texts(page)[1].startswith(first) and page.locator("#stop").is_visible()
         gate.gone.clear()
         page.click("#stop")
@@ -542,11 +544,11 @@ def test_the_page_says_what_sample_py_says_and_shows_the_odds(browser, sft, save
             page.fill(f"#{name}", str(value))
         page.press("#seed", "Escape")
         ask(page, "你是谁？")
-        page.click(".inspect")
+        page.click(".tokens")
         page.click(".token")
         page.keyboard.press("ArrowRight")                      # to the second token
         shown = page.locator(".odds b").all_inner_texts()
-        page.click(".inspect")
+        page.click(".tokens")
         assert texts(page)[1] == sample_says(saved.sft, "你是谁？", **DRAWN)
     reply = sft.chat(max_tokens=25, logprobs=True, top_logprobs=6, **DRAWN)
     second = reply.choices[0].logprobs.content[1]
@@ -566,7 +568,7 @@ def test_nothing_that_a_model_says_becomes_html(browser, sft):
     with opened(browser, sft, locale="en-US") as page:
         page.route("**" + CHAT, lambda route: route.fulfill(**answers.pop(0)))
         ask(page, evil)
-        page.click(".inspect")
+        page.click(".tokens")
         page.click(".token")
         assert page.locator(".odds span").first.text_content() == evil.replace(" ", "␣")
         reload(page)
@@ -587,6 +589,6 @@ def test_a_pretrained_model_continues_a_text(browser, pretrained, saved, sample_
         page.fill("#input", "从前，小猫")
         assert page.inner_text("#send") == "Continue"
         page.click("#send")
-        page.locator(".inspect").wait_for()
+        page.locator(".tokens").wait_for()
         said = sample_says(saved.pretrain, "从前，小猫", seed=1337, temperature=0.7, top_p=0.9)
         assert page.input_value("#input") == "".join(texts(page)) == said
