@@ -43,7 +43,7 @@ class Batch:
 
     def __init__(self, model, max_rows):
         self.model, self.calls, self.slot = model, [], 0       # slot: the next one to be written
-        size = model.config.max_seq_len + CACHE_STEP           # the least padding stays below a step
+        size = model.config.max_seq_len + CACHE_STEP           # some padding stays below a step
         self.caches = empty_caches(model, max_rows, size)
         self.place = torch.arange(size, device=model.norm.weight.device)
 

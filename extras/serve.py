@@ -39,7 +39,7 @@ max_queue          = 128                # requests that wait for a row; more are
 max_body           = 256                # KiB of a request
 max_seconds        = 300                # of generating an answer, which is cut then
 most_new_tokens    = 2048               # of an answer, whatever the client asks for
-max_new_tokens     = 256                # of an answer; this and the next four: unless the client says
+max_new_tokens     = 256                # of an answer; a client may change this and the next four
 temperature        = 0.7                # 0: always the most likely token; higher: more varied
 top_k              = 0                  # draw from the k most likely tokens only; 0: from all
 top_p              = 0.9                # draw from the fewest tokens whose probabilities reach this
@@ -380,7 +380,8 @@ def guarded(app, page):
     policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
               f"form-action 'none'; {''.join(allowed)}frame-ancestors 'none'")
     more = {"content-security-policy": policy, "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer", "cache-control": "no-store"}
+            "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin",
+            "cache-control": "no-store"}
 
     async def call(scope, receive, send):
         async def send_with_headers(message):
@@ -452,7 +453,8 @@ def main():
     except OSError as error:
         raise SystemExit(f"--host={host} --port={port}: {error.strerror}; choose another") from None
     address = f"[{host}]" if ":" in host else host
-    print(f"open http://{address}:{listener.getsockname()[1]} in a browser; Ctrl-C ends", flush=True)
+    url = f"http://{address}:{listener.getsockname()[1]}"
+    print(f"open {url} in a browser; Ctrl-C ends", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False,
                                            timeout_graceful_shutdown=1, limit_concurrency=1000))
     try:
