@@ -42,8 +42,10 @@ class Batch:
     """
 
     def __init__(self, model, max_rows):
-        self.model, self.calls, self.slot = model, [], 0       # slot: the next one to be written
-        size = model.config.max_seq_len + CACHE_STEP           # some padding stays below a step
+        self.model, self.calls = model, []
+        self.slot = 0                          # the next one to be written
+        # enough: step() keeps the padding of at least one row below CACHE_STEP
+        size = model.config.max_seq_len + CACHE_STEP
         self.caches = empty_caches(model, max_rows, size)
         self.place = torch.arange(size, device=model.norm.weight.device)
 

@@ -1,5 +1,6 @@
-"""extras/serve.py: its batch against generate(), its API with OpenAI's client, its page in a browser.
-"""
+"""extras/serve.py: the batch against generate(), the API with OpenAI's client, the page in a
+browser."""
+import asyncio
 import http.client
 import json
 import math
@@ -221,6 +222,20 @@ def test_an_answer_ends_before_a_stop_string(sft):
     expected = text[:text.index(text[8:11])]
     assert whole.message.content == "".join(part.delta.content for part in parts) == expected
     assert whole.finish_reason == parts[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("chat, expected", [(False, " upon"), (True, "upon")])
+def test_the_space_that_sentencepiece_adds_stays_within_a_text(chat, expected):
+    """Llama 2's kind of vocabulary: a text begins with a space that is not its own."""
+    tok = SimpleNamespace(piece=[b" once", b" upon"].__getitem__, dummy_space=True)
+    call = Call([0], 1, (), None, set())
+    call.events.put_nowait((1, None, "length"))
+
+    async def read():
+        parts = serve.answer(call, [], chat, tok, SimpleNamespace(cancel=lambda call: None))
+        return [text async for text, *_ in parts]
+
+    assert asyncio.run(read()) == [expected]
 
 
 def test_models_are_listed(sft):
