@@ -54,12 +54,13 @@ def saved(tok, tmp_path_factory):
 
 
 @contextmanager
-def serving(path, **constants):
-    """The application on a port of its own, with these constants of the script."""
+def serving(path, stop_ids=None, **constants):
+    """The application on a port of its own, with these constants of the script, and stop ids."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"dtype": "float32", **constants}.items():
             patch.setattr(serve, name, value)
         checkpoint, tok = checkpoints.load_with_tokenizer(path)
+        tok.stop_ids = stop_ids or tok.stop_ids
         app = serve.application(checkpoint, tok, "tiny", torch.device("cpu"))
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -71,10 +72,12 @@ def serving(path, **constants):
                                default_headers={"Connection": "close"})
         chat = partial(client.chat.completions.create, model="any", messages=QUESTION)
         go_on = partial(client.completions.create, model="any")
-        yield SimpleNamespace(port=port, client=client, chat=chat, go_on=go_on)
-        client.close()
-        server.should_exit = True
-        thread.join()
+        try:
+            yield SimpleNamespace(port=port, client=client, chat=chat, go_on=go_on)
+        finally:
+            client.close()
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +214,14 @@ def test_the_likeliest_tokens_are_reported(sft):
         assert (best.token, best.bytes, best.logprob) == (one.token, one.bytes, one.logprob)
     pieces = b"".join(bytes(one.bytes) for one in choice.logprobs.content)
     assert pieces.decode("utf-8", "replace") == choice.message.content
+
+
+def test_an_answer_ends_with_a_stop_id(saved, tok):
+    ids = alone(saved.model, tok.prompt(QUESTION), 30, 0, (), (0.0,))
+    with serving(saved.sft, stop_ids={ids[6]}) as site:
+        reply = site.chat(temperature=0)
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage.completion_tokens == ids.index(ids[6]) + 1
 
 
 def test_an_answer_ends_before_a_stop_string(sft):
