@@ -33,7 +33,7 @@ test: .venv/test
 	@touch $@
 
 # The page of extras/serve.py is tested in a browser: the system's, or one that Playwright downloads. CI may install one.
-.venv/test: .venv/demo
+.venv/test: .venv/demo Makefile
 	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
 	starlette uvicorn openai playwright
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
