@@ -32,7 +32,8 @@ test: .venv/test
 	$(PYTHON) -m pip install --quiet -r requirements.txt matplotlib
 	@touch $@
 
-# The page of extras/serve.py is tested in a browser: the system's, or one that Playwright downloads. CI may install one.
+# The chat page is tested in a browser: the system's, or one that Playwright downloads, or in CI
+# Debian's. Without any, those tests are skipped.
 .venv/test: .venv/demo Makefile
 	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
 	starlette uvicorn openai playwright
