@@ -561,7 +561,7 @@ def test_a_visitor_asks_sees_the_answer_stream_and_stops_it(browser, sft, gate):
         assert page.locator("#stop").is_visible()
         page.click("#stop")
         assert gate.calls[0].gone.wait(30)
-        gate.steps.release(1000)
+        gate.steps.release(1)                                  # the one that was held
         page.locator("#send").wait_for()
         said = texts(page)
         assert said[0] == "<b>你是谁？</b>"
@@ -584,11 +584,16 @@ def test_a_visitor_asks_sees_the_answer_stream_and_stops_it(browser, sft, gate):
         page.click("#list .title")
         assert not page.locator("#list").is_visible()
         assert texts(page) == said
+        ask(page, "再说一遍。")                                 # the next answer hangs, and is deleted
+        page.wait_for_function("document.querySelectorAll('.turn').length === 4")
         page.on("dialog", lambda dialog: dialog.accept())
         page.click("#menu")
         page.click("#list .delete")
         page.locator("#empty").wait_for()
+        page.locator("#send").wait_for()
         assert page.locator("#list li").count() == 0
+        assert gate.calls[1].gone.wait(30)
+        gate.steps.release(1)
 
 
 def test_the_page_says_what_sample_py_says_and_shows_the_odds(browser, sft, saved, sample_says):
