@@ -29,7 +29,7 @@ import tokenizer as tokenizers
 from extras.batch import Call, Worker
 from model import Model
 
-checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues text
+checkpoint         = "out/sft/best.pt"  # it answers; one of pretrain.py continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
 host               = "127.0.0.1"        # 0.0.0.0: other machines may connect, with an api_key
 port               = 8000               # 0: any free one; it is printed
@@ -134,7 +134,7 @@ def read_messages(body):
 
 def read_prompt(body, chat, stage, tok):
     """The ids of the prompt: a dialogue, or a text to continue."""
-    if chat and stage != "sft":
+    if chat and stage == "pretrain":
         raise Refused(400, "this model was only pretrained: it continues text, at /v1/completions")
     if chat:
         return tok.prompt(read_messages(body))
@@ -420,7 +420,7 @@ def application(saved, tok, name, where):
             Route("/v1/completions", complete, methods=["POST"])])
     app.state.tok, app.state.device = tok, where
     app.state.context = model.config.max_seq_len
-    app.state.stop_ids = tok.stop_ids if saved["stage"] == "sft" else {tok.eos_id}
+    app.state.stop_ids = {tok.eos_id} if saved["stage"] == "pretrain" else tok.stop_ids
     defaults = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens,
                 "repetition_penalty": repetition_penalty}
     app.state.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "you",
