@@ -395,10 +395,8 @@ def guarded(app, page):
     return call
 
 
-def application(saved, tok, name, where):
-    """The ASGI application that serves a checkpoint, generating on a device."""
-    kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
+def application(model, tok, stage, name):
+    """The ASGI application that serves a model; stage: as in its checkpoint."""
     page = Path(__file__).with_suffix(".html").read_text("utf-8")
 
     @asynccontextmanager
@@ -418,13 +416,13 @@ def application(saved, tok, name, where):
             Route("/v1/models/{name:path}", models),
             Route("/v1/chat/completions", complete, methods=["POST"]),
             Route("/v1/completions", complete, methods=["POST"])])
-    app.state.tok, app.state.device = tok, where
+    app.state.tok, app.state.device = tok, model.norm.weight.device
     app.state.context = model.config.max_seq_len
-    app.state.stop_ids = {tok.eos_id} if saved["stage"] == "pretrain" else tok.stop_ids
+    app.state.stop_ids = {tok.eos_id} if stage == "pretrain" else tok.stop_ids
     defaults = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens,
                 "repetition_penalty": repetition_penalty}
     app.state.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "you",
-                      "stage": saved["stage"], "n_params": model.n_params(),
+                      "stage": stage, "n_params": model.n_params(),
                       "max_model_len": model.config.max_seq_len, "defaults": defaults}
     return guarded(app, page)
 
@@ -445,8 +443,9 @@ def main():
     check_constants()
     saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
     where = runtime.start(device).device
-    runtime.keep_freed_memory()
-    app = application(saved, tok, "/".join(Path(checkpoint).with_suffix("").parts[-2:]), where)
+    kind = getattr(torch, runtime.precision(where, dtype)[0])
+    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
+    name = "/".join(Path(checkpoint).with_suffix("").parts[-2:])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -455,6 +454,7 @@ def main():
     address = f"[{host}]" if ":" in host else host
     url = f"http://{address}:{listener.getsockname()[1]}"
     print(f"open {url} in a browser; Ctrl-C ends", flush=True)
+    app = application(model, tok, saved["stage"], name)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False,
                                            timeout_graceful_shutdown=1, limit_concurrency=1000))
     try:

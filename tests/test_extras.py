@@ -26,8 +26,7 @@ def test_the_top_level_imports_nothing_of_extras():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_usage_names_the_command_that_runs_it(name, tmp_path):
     helped = run(f"extras.{name}", tmp_path, "--help")
-    assert helped.rc == 0 and f"python -m extras.{name}" in helped.out, helped.err
-    assert "constants and their defaults:" in helped.out
+    assert helped.rc == 0 and f"python -m extras.{name}" in helped.out and "--out=" in helped.out, helped.err
     wrong = run(f"extras.{name}", tmp_path, "--xyzxyz=1")
     assert wrong.rc == 1 and wrong.err.count("\n") == 1
     assert f"see python -m extras.{name} --help" in wrong.err

@@ -50,18 +50,17 @@ def saved(tok, tmp_path_factory):
     for stage in "pretrain", "sft":
         paths[stage] = str(folder / f"{stage}.pt")
         checkpoints.save(paths[stage], {"stage": stage, **state})
-    return SimpleNamespace(model=model, **paths)
+    return SimpleNamespace(model=model, tok=tok, **paths)
 
 
 @contextmanager
-def serving(path, stop_ids=None, **constants):
+def serving(saved, stage="sft", stop_ids=None, **constants):
     """The application on a port of its own, with these constants of the script, and stop ids."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"dtype": "float32", **constants}.items():
+        for name, value in constants.items():
             patch.setattr(serve, name, value)
-        checkpoint, tok = checkpoints.load_with_tokenizer(path)
-        tok.stop_ids = stop_ids or tok.stop_ids
-        app = serve.application(checkpoint, tok, "tiny", torch.device("cpu"))
+        patch.setattr(saved.tok, "stop_ids", stop_ids or saved.tok.stop_ids)
+        app = serve.application(saved.model, saved.tok, stage, "tiny")
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
@@ -82,13 +81,13 @@ def serving(path, stop_ids=None, **constants):
 
 @pytest.fixture(scope="module")
 def sft(saved):
-    with serving(saved.sft, max_batch=3) as site:
+    with serving(saved, max_batch=3) as site:
         yield site
 
 
 @pytest.fixture(scope="module")
 def pretrained(saved):
-    with serving(saved.pretrain) as site:
+    with serving(saved, "pretrain") as site:
         yield site
 
 
@@ -218,7 +217,7 @@ def test_the_likeliest_tokens_are_reported(sft):
 
 def test_an_answer_ends_with_a_stop_id(saved, tok):
     ids = alone(saved.model, tok.prompt(QUESTION), 30, 0, (), (0.0,))
-    with serving(saved.sft, stop_ids={ids[6]}) as site:
+    with serving(saved, stop_ids={ids[6]}) as site:
         reply = site.chat(temperature=0)
     assert reply.choices[0].finish_reason == "stop"
     assert reply.usage.completion_tokens == ids.index(ids[6]) + 1
@@ -383,7 +382,7 @@ def test_a_full_queue_answers_429_and_clients_that_go_free_their_places(
         client.close()
         assert call.gone.wait(30)
 
-    with serving(saved.sft, max_batch=1, max_queue=1) as site, ThreadPoolExecutor(1) as pool:
+    with serving(saved, max_batch=1, max_queue=1) as site, ThreadPoolExecutor(1) as pool:
         first = come(site)
         assert first[1].joined.wait(30)                        # the others have to wait
         waiting = come(site)
@@ -403,7 +402,7 @@ def test_a_full_queue_answers_429_and_clients_that_go_free_their_places(
 
 
 def test_an_answer_is_cut_at_the_time_limit(saved):
-    with serving(saved.sft, max_seconds=0) as site:
+    with serving(saved, max_seconds=0) as site:
         reply = site.chat(temperature=0)
     assert reply.usage.completion_tokens == 1
     assert reply.choices[0].finish_reason == "length"
@@ -448,7 +447,7 @@ def test_the_page_may_run_its_own_code_only_and_no_file_is_served(sft):
 
 
 def test_a_key_is_asked_for(saved):
-    with serving(saved.sft, api_key="secret") as site:
+    with serving(saved, api_key="secret") as site:
         assert [model.id for model in site.client.models.list()] == ["tiny"]
         assert request(site, "GET", "/", headers={"Host": "my.server"})[0] == 200
         for key in "secre", "secrets", "", "sécret":
