@@ -428,7 +428,8 @@ def test_other_web_pages_and_names_are_refused(sft):
     for headers in {}, {"Origin": own}, {"Host": "localhost:80"}, {"Host": "LOCALHOST"}:
         assert request(sft, "GET", "/", headers=headers)[0] == 200, headers
     foreign = [{"Host": "evil.example"}, {"Host": f"evil.example:{sft.port}"}, {"Origin": "null"},
-               {"Origin": "https://evil.example"}, {"Origin": own + "0"}, {"Host": ""}]
+               {"Origin": "https://evil.example"}, {"Origin": own + "0"}, {"Origin": "http://["},
+               {"Host": ""}]
     for headers in foreign:
         assert request(sft, "GET", "/", headers=headers)[0] == 403, headers
         assert request(sft, "POST", CHAT, "{}", headers)[0] == 403, headers
