@@ -450,6 +450,8 @@ def main():
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise SystemExit(f"--host={host} --port={port}: {error.strerror}; choose another") from None
+    # each token leaves at once; asyncio sets this for sockets that it opens itself only
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     address = f"[{host}]" if ":" in host else host
     url = f"http://{address}:{listener.getsockname()[1]}"
     print(f"open {url} in a browser; Ctrl-C ends", flush=True)

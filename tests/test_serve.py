@@ -481,6 +481,7 @@ def test_the_script_serves_until_ctrl_c(saved, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
 
     def run_with_a_client(server, sockets):
+        assert sockets[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask_and_interrupt)
             try:
