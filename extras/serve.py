@@ -136,7 +136,12 @@ def read_prompt(body, chat, stage, tok):
     if chat and stage == "pretrain":
         raise Refused(400, "this model was only pretrained: it continues text, at /v1/completions")
     if chat:
-        return tok.prompt(read_messages(body))
+        messages = read_messages(body)
+        try:
+            return tok.prompt(messages)
+        except SystemExit:                     # its vocabulary has a template that is not known
+            raise Refused(400, "this model's chat template is not known here; it can continue "
+                               "text, at /v1/completions") from None
     if not isinstance(body.get("prompt"), str):
         raise Refused(400, "prompt must be one string")
     return [tok.bos_id] + tok.encode(body["prompt"])
