@@ -32,8 +32,16 @@ test: .venv/test
 	$(PYTHON) -m pip install --quiet -r requirements.txt matplotlib
 	@touch $@
 
-.venv/test: .venv/demo
-	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard
+# The chat page is tested in a browser: the system's, or one that Playwright downloads, or in CI
+# Debian's. Without any, those tests are skipped.
+.venv/test: .venv/demo Makefile
+	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
+	starlette uvicorn openai playwright
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+	echo "installing a browser for the tests of the page"; \
+	$(PYTHON) -m playwright install --only-shell chromium >/dev/null 2>&1 || \
+	{ test -n "$$CI" && apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; } || \
+	echo "no browser could be installed: the tests of the page will be skipped"
 	@touch $@
 
 .PHONY: demo test
