@@ -29,6 +29,7 @@ import corpora
 import runtime
 import tokenizer as tokenizers
 from model import Model
+from readers import interruptible
 
 data_dir     = "data/pretrain"         # the bins of prepare_pretrain.py; they are only read
 out_dir      = "data/filtered"         # the same files without the worst documents, and scores.png
@@ -108,9 +109,10 @@ def scorer(tok):
 
 def print_documents(some, score, train, starts, lengths, tok):
     for i in some:
-        first = train[starts[i]:starts[i] + min(lengths[i], 60)]
-        text = tok.decode(first.tolist())
-        print(f"{score[i]:>10.4f} | {' '.join(text.split())}")
+        end = starts[i] + min(lengths[i], 60)
+        text = tok.decode(train[starts[i]:end].tolist())
+        text = " ".join(text.split())
+        print(f"{score[i]:>10.4f} | {text}")
 
 
 def draw_histogram(score, limits, measure):
@@ -122,7 +124,9 @@ def draw_histogram(score, limits, measure):
         pyplot.axvline(limit, color="black")
     pyplot.xlabel(measure)
     pyplot.ylabel("documents")
-    pyplot.savefig(f"{out_dir}/scores.png", dpi=120)
+    with config.whole_file(f"{out_dir}/scores.png", "wb") as f:
+        pyplot.savefig(f, format="png", dpi=120)
+    pyplot.close()
 
 
 def write(documents, val, meta):
@@ -182,7 +186,7 @@ def main():
     with config.only_watching("histogram"):
         draw_histogram(score, (low, high), measure)
 
-    # the bins do not say which corpus a document is from: one row, and what stood there before
+    # the bins do not say which corpus a document is from, so the new table has a single row
     counts = {
         "documents": len(keep),
         "tokens": int(lengths[keep].sum()),
@@ -198,5 +202,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with config.only_user_of("out_dir", out_dir):
+    with interruptible(out_dir), config.only_user_of("out_dir", out_dir):
         main()
