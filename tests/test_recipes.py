@@ -187,3 +187,35 @@ def test_a_second_run_repeats_neither_download_nor_data(done, hub):
     assert "going on with out/stories/last.pt from step 2" in output
     assert (folder / "data/stories/bins/meta.json").stat().st_mtime_ns == before
     assert (hub / "calls").read_text() == calls
+
+
+def download(folder, *arguments, **variables):
+    """Runs download() of common.sh with a client that only notes how it was called."""
+    for client in "hf", "modelscope":
+        path = folder / "clients" / client
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('#!/bin/sh\necho "$0 $*"\nmkdir -p raw\n')
+        path.chmod(0o755)
+    script = f". {ROOT}/recipes/common.sh\ndownload " + " ".join(arguments)
+    return subprocess.run(
+        ["sh", "-e", "-c", script], cwd=folder, capture_output=True, text=True,
+        env={"PATH": f"{folder}/clients{os.pathsep}{os.environ['PATH']}", **variables})
+
+
+def test_both_clients_are_called_as_they_want(tmp_path):
+    done = download(tmp_path, "a/b", "c/d", "raw", "x.jsonl", "y.jsonl", HUB="modelscope")
+    assert done.stdout.endswith(
+        "modelscope download --dataset c/d --local_dir raw --include x.jsonl y.jsonl\n")
+    again = download(tmp_path, "a/b", "c/d", "raw", "x.jsonl")
+    assert again.returncode == 0 and not again.stdout
+    (tmp_path / "raw/.complete").unlink()
+    done = download(tmp_path, "a/b", "c/d", "raw", "x.jsonl", "y.jsonl")
+    assert done.stdout.endswith(
+        "hf download --repo-type dataset a/b --local-dir raw --include x.jsonl y.jsonl\n")
+
+
+def test_what_cannot_be_downloaded_ends_in_a_sentence(tmp_path):
+    done = download(tmp_path, "a/b", '""', "raw", "x.jsonl", HUB="modelscope")
+    assert done.returncode == 1 and "no copy on ModelScope is known" in done.stdout
+    done = download(tmp_path, "a/b", "c/d", "raw", "x.jsonl", HUB="nothing")
+    assert done.returncode == 1 and "nothing: not installed" in done.stdout
