@@ -5,11 +5,11 @@
     python pretrain.py --data_dir=data/filtered
 
 Every document of train.bin gets a score. Those below the quantile drop_low and those above the
-quantile 1 - drop_high are dropped. Bits per byte are few for text that repeats itself and many for
-garbled text (Marion et al. 2023, arXiv:2309.04564). Likeness is the mean over the tokens of the log
-of P(n-gram | good) / P(n-gram | other), for the hashed n-grams of one and two tokens that end
-there: a linear classifier that is trained by counting (naive Bayes, with the features of Xie et al.
-2023, arXiv:2302.03169).
+quantile 1 - drop_high are dropped. Bits per byte are few for templates and many for garbled text
+(perplexity pruning, Marion et al. 2023, arXiv:2309.04564). Likeness is the mean over the tokens of
+log P(n-gram | good) / P(n-gram | other), summed over the hashed n-grams of one and two tokens that
+end there: a linear classifier that is trained by counting (naive Bayes, with the features of Xie et
+al. 2023, arXiv:2302.03169).
 
 val.bin is copied as it is: a filter must not choose the text that it is judged by. Look at the
 documents printed from both ends, and at scores.png, before you train on the result.
@@ -37,8 +37,8 @@ tokenizer    = "data/tokenizer.model"  # the one that prepare_pretrain.py was gi
 checkpoint   = ""                      # score by bits per byte of this model of the same tokenizer
 good         = ""                      # or by likeness to these texts, name:path,name:path
 other        = ""                      # rather than these; some thousands of each are enough
-drop_low     = 0.05                    # share of the documents, those with the lowest scores
-drop_high    = 0.05                    # share of the documents, those with the highest scores
+drop_low     = 0.1                     # share of the documents, those with the lowest scores
+drop_high    = 0.0                     # share of the documents, those with the highest scores
 batch_tokens = 4_096                   # scored at a time: 10 bytes x vocabulary of memory for each
 device       = "auto"                  # auto | cuda | mps | cpu
 dtype        = "auto"                  # auto (bfloat16 where fast) | bfloat16 | float16 | float32
