@@ -13,8 +13,8 @@ TOKENIZER=${TOKENIZER:-data/tokenizer.model} KEEP=${KEEP:-data/demo/chat.jsonl}
 DATA=data/identity OUT=out/identity
 
 echo "download    none; the checkpoint is $CHECKPOINT"
-echo "time        sft.py says it before its first step: about 130 steps of 1,024 tokens, a minute on"
-echo "            a card for any model of this project, and for the demo's on two CPU cores"
+echo "time        about 120 steps of 1,024 tokens: seconds on a card, computed; about a minute for"
+echo "            the demo's model on a CPU. sft.py says more before its first step"
 
 mkdir -p $DATA
 $PYTHON data/make_identity.py --name=$NAME --maker=$MAKER --out=$DATA/identity.jsonl
