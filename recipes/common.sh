@@ -11,14 +11,18 @@ download() {
         echo "$HUB: not installed; pip install huggingface_hub, or modelscope with HUB=modelscope"
         exit 1
     }
-    if [ "$HUB" = hf ]; then
-        hf download --repo-type dataset "$hf_name" --local-dir "$folder" --include "$@"
-    elif [ "$modelscope_name" ]; then
-        modelscope download --dataset "$modelscope_name" --local_dir "$folder" --include "$@"
-    else
+    if [ "$HUB" = modelscope ] && [ ! "$modelscope_name" ]; then
         echo "$hf_name: no copy on ModelScope is known; without HUB=modelscope, and in China with"
         echo "HF_ENDPOINT=https://hf-mirror.com, it comes from a mirror of huggingface.co"
         exit 1
     fi
+    for files in "$@"; do    # one call each: some versions take a single pattern
+        if [ "$HUB" = modelscope ]; then
+            modelscope download --dataset "$modelscope_name" --local_dir "$folder" \
+                --include "$files"
+        else
+            hf download --repo-type dataset "$hf_name" --local-dir "$folder" --include "$files"
+        fi
+    done
     touch "$folder/.complete"
 }
