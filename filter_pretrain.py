@@ -1,0 +1,206 @@
+"""Filter: bins, and a model or examples of good text -> bins without the worst documents.
+
+    python filter_pretrain.py --checkpoint=out/pretrain/best.pt                 by bits per byte
+    python filter_pretrain.py --good=text:good.jsonl --other=text:web.jsonl     by likeness
+    python pretrain.py --data_dir=data/filtered
+
+Every document of train.bin gets a score. Those below the quantile drop_low and those above the
+quantile 1 - drop_high are dropped. Bits per byte are few for templates and many for garbled text
+(perplexity pruning, Marion et al. 2023, arXiv:2309.04564). Likeness is the mean over the tokens of
+log P(n-gram | good) / P(n-gram | other), summed over the hashed n-grams of one and two tokens that
+end there: a linear classifier that is trained by counting (naive Bayes, with the features of Xie et
+al. 2023, arXiv:2302.03169).
+
+val.bin is copied as it is: a filter must not choose the text that it is judged by. Look at the
+documents printed from both ends, and at scores.png, before you train on the result.
+"""
+import config                                  # before torch: sets how its threads wait
+import json
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoints
+import corpora
+import runtime
+import tokenizer as tokenizers
+from model import Model
+from readers import interruptible
+
+data_dir     = "data/pretrain"         # the bins of prepare_pretrain.py; they are only read
+out_dir      = "data/filtered"         # the same files without the worst documents, and scores.png
+tokenizer    = "data/tokenizer.model"  # the one that prepare_pretrain.py was given
+checkpoint   = ""                      # score by bits per byte of this model of the same tokenizer
+good         = ""                      # or by likeness to these texts, name:path,name:path
+other        = ""                      # rather than these; some thousands of each are enough
+drop_low     = 0.1                     # share of the documents, those with the lowest scores
+drop_high    = 0.0                     # share of the documents, those with the highest scores
+batch_tokens = 4_096                   # scored at a time: 10 bytes x vocabulary of memory for each
+device       = "auto"                  # auto | cuda | mps | cpu
+dtype        = "auto"                  # auto (bfloat16 where fast) | bfloat16 | float16 | float32
+config.override(globals())
+
+MADE_BY = "prepare_pretrain.py"
+HASH_BITS = 18                         # n-grams are counted in 2^18 buckets
+
+
+def pieces(data):
+    """Yield (where it starts, int64 copy) of every batch_tokens numbers of a flat array."""
+    for at in range(0, len(data), batch_tokens):
+        yield at, data[at:at + batch_tokens].astype(np.int64)
+
+
+@torch.no_grad()
+def token_bits(model, ids, tok):
+    """The loss of all ids (n + 1,) but the first in bits, (n,), in rows packed as in pretraining.
+
+    A document that goes on in the next row starts there without its context.
+    """
+    T = model.config.max_seq_len
+    x = np.pad(ids[:-1], (0, -(len(ids) - 1) % T))          # whole rows
+    is_start = x == tok.eos_id
+    x[is_start] = tok.bos_id                                # as pretrain.py has it
+    is_start[::T] = True
+    cu_seqlens = np.append(np.flatnonzero(is_start), len(x))
+    x, y, cu_seqlens = (
+        runtime.to_device(a, model.norm.weight.device)
+        for a in (x.reshape(-1, T), ids[1:], cu_seqlens.astype(np.int32)))
+    logits = model(x, cu_seqlens=cu_seqlens).flatten(0, 1)
+    nats = F.cross_entropy(logits[:len(y)].float(), y, reduction="none")
+    return nats.cpu().numpy() / math.log(2)
+
+
+def buckets(ids):
+    """The hashed n-grams of one and of two tokens that end at ids[1:], for ids (n + 1,): (2, n)."""
+    before, ids = ids[:-1].astype(np.uint32), ids[1:].astype(np.uint32)
+    single = ids * np.uint32(0x9E3779B1)
+    pairs = (single ^ before) * np.uint32(0x85EBCA6B)
+    return np.stack((single, pairs)) >> np.uint32(32 - HASH_BITS)
+
+
+def log_shares(spec, tok):
+    """log P(n-gram) in the texts of name:path,name:path, (2^HASH_BITS,)."""
+    found = [text for _, text in corpora.documents(spec)]
+    texts = [text for text in found if isinstance(text, str)]     # the others are Bad
+    if not texts:
+        raise SystemExit(f"{spec}: no text is left after cleaning; name other files")
+    counts = np.ones(1 << HASH_BITS)                        # what was never seen counts once
+    for ids in tok.encode_batch(texts):
+        ids = np.array([tok.eos_id, *ids, tok.eos_id])
+        np.add.at(counts, buckets(ids), 1)
+    return np.log(counts / counts.sum())
+
+
+def scorer(tok):
+    """(what is measured, function from ids (n + 1,) to a value for all but the first)."""
+    if not checkpoint:
+        weights = log_shares(good, tok) - log_shares(other, tok)
+        return "likeness", lambda ids: weights[buckets(ids)].sum(0)
+    saved, _ = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
+    where = runtime.start(device).device
+    kind = getattr(torch, runtime.precision(where, dtype)[0])
+    model = Model.from_state(saved["shape"], saved["model"]).to(where, kind)
+    return "bits per byte", lambda ids: token_bits(model, ids, tok)
+
+
+def print_documents(some, score, train, starts, lengths, tok):
+    for i in some:
+        end = starts[i] + min(lengths[i], 60)
+        text = tok.decode(train[starts[i]:end].tolist())
+        text = " ".join(text.split())
+        print(f"{score[i]:>10.4f} | {text}")
+
+
+def draw_histogram(score, limits, measure):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.hist(score, bins=100, range=np.quantile(score, [0.001, 0.999]))
+    for limit in limits:
+        pyplot.axvline(limit, color="black")
+    pyplot.xlabel(measure)
+    pyplot.ylabel("documents")
+    with config.whole_file(f"{out_dir}/scores.png", "wb") as f:
+        pyplot.savefig(f, format="png", dpi=120)
+    pyplot.close()
+
+
+def write(documents, val, meta):
+    """The three files; meta.json takes its name last."""
+    with config.whole_file(f"{out_dir}/meta.json") as meta_file, \
+            config.whole_file(f"{out_dir}/val.bin", "wb") as val_file, \
+            config.whole_file(f"{out_dir}/train.bin", "wb") as train_file:
+        val_file.write(val)
+        out = config.Checksum(train_file)
+        for ids in documents:
+            out.write(ids)
+        meta["crc32"]["train.bin"] = out.crc32
+        json.dump(meta, meta_file, ensure_ascii=False, indent=1)
+    print(f"wrote {out_dir}/train.bin, val.bin, meta.json")
+
+
+def main():
+    if bool(checkpoint) == bool(good) or bool(good) != bool(other):
+        raise SystemExit("filter_pretrain.py: give either --checkpoint=FILE, or --good=name:path "
+                         "and --other=name:path")
+    if drop_low + drop_high >= 1:
+        raise SystemExit(f"--drop_low={drop_low} --drop_high={drop_high}: nothing would be left")
+    if os.path.realpath(out_dir) == os.path.realpath(data_dir):
+        raise SystemExit(f"--out_dir={out_dir}: the same as data_dir; name another folder")
+    tok = tokenizers.load(tokenizer)
+    meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, MADE_BY)
+    kind = meta.get("dtype", "uint16")
+    train, val = (
+        checkpoints.open_bin(f"{data_dir}/{part}.bin", kind, meta[part]["tokens"],
+                             meta, MADE_BY, tok.vocab_size)
+        for part in ("train", "val"))
+    measure, value = scorer(tok)
+
+    ends = np.concatenate([
+        at + 1 + np.flatnonzero(ids == tok.eos_id)
+        for at, ids in pieces(train)])
+    lengths = np.diff(ends, prepend=0)
+    starts = ends - lengths
+    total, n_bytes = np.zeros((2, len(ends)))
+    token_bytes = np.array([len(piece) for piece in tok.pieces])
+    rounds, before = -(-len(train) // batch_tokens), tok.eos_id
+    for at, ids in tqdm(pieces(train), desc=measure, total=rounds, disable=None):
+        places = np.arange(at, at + len(ids))
+        document = np.searchsorted(ends, places, side="right")
+        np.add.at(total, document, value(np.append(before, ids)))
+        np.add.at(n_bytes, document, token_bytes[ids])
+        before = ids[-1]
+    score = total / (np.maximum(n_bytes, 1) if checkpoint else lengths)
+
+    low, high = np.quantile(score, [drop_low, 1 - drop_high])
+    keep = np.flatnonzero((low <= score) & (score <= high))
+    order = np.argsort(score)
+    print(f"documents with the lowest {measure}:")
+    print_documents(order[:20], score, train, starts, lengths, tok)
+    print(f"documents with the highest {measure}:")
+    print_documents(order[:-21:-1], score, train, starts, lengths, tok)
+    with config.only_watching("histogram"):
+        draw_histogram(score, (low, high), measure)
+
+    # the bins do not say which corpus a document is from, so the new table has a single row
+    counts = {
+        "documents": len(keep),
+        "tokens": int(lengths[keep].sum()),
+        "bytes": int(n_bytes[keep].sum())}
+    dropped = {
+        f"{measure} below {low:.4f}": int((score < low).sum()),
+        f"{measure} above {high:.4f}": int((score > high).sum())}
+    row = {"records": len(score), **counts, "dropped": dropped}
+    meta["before"] = {"train": meta["train"], "corpora": meta["corpora"]}
+    meta["train"], meta["corpora"] = counts, {data_dir: row}
+    print(", ".join(f"{name}: {value}" for name, value in row.items()))
+    write((train[starts[i]:ends[i]] for i in keep), val, meta)
+
+
+if __name__ == "__main__":
+    with interruptible(out_dir), config.only_user_of("out_dir", out_dir):
+        main()
