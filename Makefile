@@ -36,7 +36,7 @@ test: .venv/test
 # Debian's. Without any, those tests are skipped.
 .venv/test: .venv/demo Makefile
 	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
-	starlette uvicorn openai playwright
+	peft trl starlette uvicorn openai playwright
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
 	echo "installing a browser for the tests of the page"; \
 	$(PYTHON) -m playwright install --only-shell chromium >/dev/null 2>&1 || \

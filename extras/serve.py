@@ -22,11 +22,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 import runtime
 import tokenizer as tokenizers
 from extras.batch import Call, Worker
-from model import Model
 
 checkpoint         = "out/sft/best.pt"  # it answers; one of pretrain.py continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
@@ -445,10 +443,7 @@ def check_constants():
 
 def main():
     check_constants()
-    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
-    where = runtime.start(device).device
-    kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved.pop("model")).to(where, kind).eval()
+    model, tok, saved = runtime.load_model(checkpoint, tokenizer, device, dtype)
     name = "/".join(Path(checkpoint).with_suffix("").parts[-2:])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

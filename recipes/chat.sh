@@ -18,15 +18,18 @@ $PYTHON recipes/cost.py $SHAPE --vocab_size=8192 --pretrain_tokens=314_000_000 \
     --sft_tokens=196_000_000 --download="2.8 GB" --disk="about 8 GB"
 
 download jingyaogong/minimind_dataset gongjy/minimind_dataset $DATA/raw \
-    pretrain_t2t_mini.jsonl sft_t2t_mini.jsonl
+    pretrain_t2t_mini.jsonl sft_t2t_mini.jsonl dpo.jsonl
 
-TEXT=text:$DATA/raw/pretrain_t2t_mini.jsonl CHAT=sharegpt:$DATA/raw/sft_t2t_mini.jsonl
+TEXT=minimind:$DATA/raw/pretrain_t2t_mini.jsonl CHAT=minimind:$DATA/raw/sft_t2t_mini.jsonl
+PAIRS=minimind_dpo:$DATA/raw/dpo.jsonl
 test -e $TOKENIZER || $PYTHON train_tokenizer.py --corpora=$TEXT,$CHAT --out=$TOKENIZER \
     --vocab_size=8192 $TOKENIZER_ARGS
 test -e $DATA/bins/meta.json || $PYTHON prepare_pretrain.py --corpora=$TEXT \
     --tokenizer=$TOKENIZER --data_dir=$DATA/bins $PREPARE_ARGS
 test -e $DATA/sft/meta.json || $PYTHON prepare_sft.py --corpora=$CHAT \
     --tokenizer=$TOKENIZER --data_dir=$DATA/sft $PREPARE_SFT_ARGS
+test -e $DATA/dpo/meta.json || $PYTHON prepare_sft.py --corpora=$PAIRS \
+    --tokenizer=$TOKENIZER --data_dir=$DATA/dpo $PREPARE_SFT_ARGS
 
 # 2,400 steps of 131,072 tokens: about once through the texts; 3,000 of 65,536: half the dialogues
 $PYTHON pretrain.py --resume --tokenizer=$TOKENIZER --data_dir=$DATA/bins --out_dir=$OUT/pretrain \
@@ -34,6 +37,9 @@ $PYTHON pretrain.py --resume --tokenizer=$TOKENIZER --data_dir=$DATA/bins --out_
 $PYTHON sft.py --resume --tokenizer=$TOKENIZER --checkpoint=$OUT/pretrain/best.pt \
     --data_dir=$DATA/sft --out_dir=$OUT/sft --batch_tokens=65_536 --max_steps=3000 --lr=1e-3 \
     --muon_lr=1e-3 $SFT_ARGS
+# what people prefer: $OUT/dpo is a chat model, too. Compare the two before you keep it.
+$PYTHON dpo.py --resume --tokenizer=$TOKENIZER --checkpoint=$OUT/sft/best.pt \
+    --data_dir=$DATA/dpo --out_dir=$OUT/dpo $DPO_ARGS
 
 $PYTHON eval_bleu.py --checkpoint=$OUT/sft/best.pt --questions=$DATA/sft/test.jsonl $BLEU_ARGS
 # the files of C-Eval, if you put them there: see docs/models.md

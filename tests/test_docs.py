@@ -21,7 +21,7 @@ THEIRS = {
     "data_clean/clear.py",
     "sft_data_process.py",
     "eval.py",
-    "eval_pretrain.py"}
+    "eval_pretrain.py", "kept.py"}
 
 
 @functools.cache

@@ -28,6 +28,7 @@ SMALL = {
     "PRETRAIN_ARGS": "--dim=32 --n_layers=1 --n_heads=2 --max_seq_len=64 --batch_tokens=128 "
                      "--max_steps=2 --device=cpu --sample_prompts=",
     "SFT_ARGS": "--batch_tokens=128 --max_steps=2 --device=cpu",
+    "DPO_ARGS": "--batch_pairs=2 --max_steps=2 --device=cpu",
     "BLEU_ARGS": "--max_new_tokens=5 --device=cpu"}
 
 
@@ -61,6 +62,10 @@ def hub(tmp_path_factory):
         {"conversations": [{"role": "user", "content": question, **none},
                            {"role": "assistant", "content": answer, **none}]}
         for question, answer in questions(rng, 40)])
+    write_lines(minimind / "dpo.jsonl", [
+        {"chosen": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+         "rejected": [{"role": "user", "content": question}, {"role": "assistant", "content": "不知道"}]}
+        for question, answer in questions(rng, 20)])
     write_lines(folder / "pleisto/wikipedia-cn-20230720-filtered/wiki.json",
                 [{"completion": text} for text in texts[:20]])
     write_lines(folder / "xuqinyang/BaiduBaike-5.63M/baike.json",
@@ -141,7 +146,7 @@ def test_every_recipe_says_its_cost_first(done):
 def test_every_recipe_ends_with_a_model(done):
     for name, path, stage in (
             ("stories", "out/stories/best.pt", "pretrain"),
-            ("chat", "out/chat/sft/best.pt", "sft"),
+            ("chat", "out/chat/sft/best.pt", "sft"), ("chat", "out/chat/dpo/best.pt", "dpo"),
             ("encyclopedia", "out/encyclopedia98/sft/best.pt", "sft"),
             ("identity", "out/identity/best.pt", "sft")):
         saved = checkpoints.load(done[name][0] / path)
