@@ -1,6 +1,6 @@
 """Kill real runs at random moments, resume them, and compare with a run that nothing happened to: bit by bit.
 
-    pytest tests/test_interrupt.py                          25 kills of training, 10 of preparing
+    pytest tests/test_interrupt.py                          9 kills of training, 10 of preparing
     python tests/test_interrupt.py --kills=200 --seed=7     a soak
 """
 import json
@@ -26,7 +26,7 @@ import conftest                                                                 
 import runtime                                                                               # noqa: E402
 from conftest import dialogue, story, train_tokenizer, write_pretrain, write_sft             # noqa: E402
 
-kills = 25     # in all, over the kinds of run below
+kills = 9      # in all, over the kinds of run below
 seed  = 1      # of the moments and the signals
 config.override(globals())
 

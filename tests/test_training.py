@@ -1019,7 +1019,7 @@ def test_a_cpu_compiles_long_runs_where_there_is_a_compiler(monkeypatch, compile
 
 @pytest.mark.parametrize("changes, said", [
     (dict(n_heads=5), "n_heads"), (dict(dim=33), "n_heads"), (dict(batch_tokens=31), "batch_tokens"),
-    (dict(n_heads=4, n_kv_heads=3), "n_kv_heads"), (dict(dim=6), "even"), (dict(rope_theta=0.0), "rope_theta")])
+    (dict(n_heads=4, n_kv_heads=3), "n_kv_heads"), (dict(dim=6), "even"), (dict(rope_theta=-1.0), "rope_theta")])
 def test_a_network_that_cannot_work_is_refused(broken, changes, said):
     assert said in broken(pretrain, **changes)
 
