@@ -218,10 +218,10 @@ def main():
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
     forward = runtime.parallel(model, process, shard, dtype_name)
+    optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     for name, data in (("train", train), ("val", val)):        # computed once, with the first model
         data.reference = (saved["reference"][name].numpy() if saved else
                           log_probs_of(model, data, data.n, tok, autocast, process))
-    optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory
     facts = runtime.announce(model, process, dtype_name, max_steps - start, 2 * batch_pairs,

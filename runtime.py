@@ -528,7 +528,6 @@ def micro_batches(rows, micro_batch, process):
 # -----------------------------------------------------------------------------------------------
 # validation and progress
 
-@torch.no_grad()
 def even_rounds(n_rows, past_the_end, micro_batch, process):
     """micro_batches() of the first n_rows rows, equally many in each process.
 
@@ -545,6 +544,7 @@ def clip_gradient(model, largest):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
+@torch.no_grad()
 def evaluate(model, batches, token_bytes, autocast, process):
     """Mean loss in nats per token and in bits per byte of text, over the batches of all processes.
 
