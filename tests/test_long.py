@@ -38,3 +38,22 @@ def test_positions_that_the_model_does_not_know_are_refused(settings):
     assert "32 tokens at most" in sentence and "--rope_theta=" in sentence and "--rope_factor=" in sentence
     with constants(pretrain, **{**settings, "max_seq_len": 32}):                     # as long as before
         pretrain.main()
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(max_seq_len=32, rope_factor=2.0), "32 tokens already"), (dict(init_from="", rope_factor=2.0), "--init_from="),
+    (dict(rope_factor=0.5), "--rope_factor=0.5")])
+def test_a_rope_factor_that_stretches_nothing_is_refused(settings, changes, said):
+    with constants(pretrain, **{**settings, **changes}):
+        assert said in refused(pretrain.main)
+
+
+def test_a_model_is_stretched_twice(settings):
+    """The frequencies that it has learnt become slower; they do not start again from those of the short model."""
+    shape = dict(vocab_size=400, dim=32, n_layers=2, n_heads=2, max_seq_len=32, rope_scaling=None)
+    for max_seq_len, factor in ((80, 2.5), (160, 2.0)):
+        with constants(pretrain, **{**settings, "max_seq_len": max_seq_len}, rope_factor=factor):
+            shape = vars(pretrain.continued(shape))
+    assert shape["max_seq_len"] == 160
+    assert shape["rope_scaling"] == dict(factor=5.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                         original_max_position_embeddings=32)
