@@ -1,5 +1,6 @@
 """--shard and --recompute: the same losses and checkpoints as without, also across a kill and other processes."""
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_training import constants, save_model
 import checkpoints
 import dpo
 import pretrain
+import runtime
 import sft
 from model import Model, ModelConfig
 
@@ -72,7 +74,7 @@ def same(a, b, rel=1e-3):
 @pytest.mark.parametrize("stage, shard, more", [
     (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)), (pretrain, "optimizer", dict(muon_lr=0.0)),
     (pretrain, "full", dict(dtype="bfloat16")),
-    (sft, "full", dict(lora_rank=3)), (dpo, "full", {})], ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo"])
+    (sft, "full", dict(lora_rank=3)), (dpo, "optimizer", {})], ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo"])
 def test_processes_that_share_a_model_learn_what_one_process_learns(train, stage, shard, more):
     same(train(stage, "one", **more), train(stage, "two", 2, shard=shard, **more), 2e-2 if "dtype" in more else 1e-3)
 
@@ -95,6 +97,14 @@ def test_the_estimate_of_memory_divides_what_is_shared(tok):
     assert alone - kept == 16 * weights * 3 / 4 - 4 * weights              # but all are gathered in the passes
     blocks = sum(p.numel() for p in model.blocks.parameters())
     assert kept - full == 4 * blocks * 6 / 8                               # or those of two blocks
+
+
+def test_validation_keeps_nothing_for_a_backward_pass(tok):
+    model, x = Model(ModelConfig(tok.vocab_size, **SHAPE)), torch.arange(5, 45)[None]
+    kept, token_bytes = [], np.ones(tok.vocab_size)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        runtime.evaluate(model, [(x, x, None)], token_bytes, nullcontext(), runtime.Process(0, 0, 1, x.device))
+    assert not kept
 
 
 def test_recomputing_changes_no_number_and_keeps_less(tok):
