@@ -80,8 +80,8 @@ def start(device, batch_rows=1, constants=()):
     if device.type == "cpu" and WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_SIZE))      # torchrun's default is 1
     if batch_rows < WORLD_SIZE:
-        raise SystemExit(f"batch_tokens is {batch_rows} rows of max_seq_len tokens, and each of "
-                         f"the {WORLD_SIZE} processes needs one at least")
+        raise SystemExit(f"a batch of {batch_rows} rows or pairs (see --help: batch_tokens or "
+                         f"batch_pairs), but {WORLD_SIZE} processes need one each at least")
     process = Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
     if WORLD_SIZE > 1:
         threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()

@@ -10,6 +10,7 @@ from test_training import constants, refused, same_run, save_model
 import checkpoints
 import dpo
 import runtime
+import sft
 from model import Model, ModelConfig
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
@@ -171,4 +172,24 @@ def test_what_is_no_pair_is_refused(settings, tok, sft_dir, pairs, tmp_path):
         assert "holds no pairs" in refused(dpo.main)
     with constants(dpo, **{**settings, "max_seq_len": 12, "out_dir": str(tmp_path / "o")}):
         assert "--max_seq_len=12" in refused(dpo.main)
+    with constants(sft, **{name: settings[name] for name in ("checkpoint", "tokenizer", "device")},
+                   data_dir=str(pairs), out_dir=str(tmp_path / "o")):
+        assert "dpo.py" in refused(sft.main)                     # it would learn the rejected answers, too
     assert not (tmp_path / "o" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("harm, part", [
+    (lambda r: r.clear(), "train"), (lambda r: r.update(train=r["train"][:, 1:]), "train"),
+    (lambda r: r.update(val="text"), "val"), (lambda r: r["val"].fill_(np.nan), "val")])
+def test_a_damaged_reference_in_last_pt_is_refused(train, tmp_path, harm, part):
+    train("out", max_steps=1)
+    saved = checkpoints.load(tmp_path / "out" / "last.pt", to_resume=True)
+    harm(saved["reference"])
+    torch.save(saved, tmp_path / "out" / "last.pt")
+    sentence = refused(lambda: train("out", resume=True))
+    assert "last.pt" in sentence and f"pairs of {part}" in sentence
+
+
+@pytest.mark.parametrize("name", ["beta", "nll_weight", "lora_rank"])
+def test_a_constant_below_zero_is_refused(train, name):
+    assert f"--{name}=-1" in refused(lambda: train("out", **{name: -1}))

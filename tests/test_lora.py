@@ -117,6 +117,8 @@ def test_fine_tuning_with_lora_resumes_exactly_and_ends_in_an_ordinary_checkpoin
     assert all(torch.equal(w, best["model"][name]) for name, w in last["model"].items())
     with pytest.raises(SystemExit, match="lora_rank"):
         run("parts", resume=True, lora_rank=0)
+    with pytest.raises(SystemExit, match="lora_alpha"):
+        run("parts", resume=True, lora_alpha=64.0)
 
 
 def test_the_estimate_of_memory_counts_gradients_and_moments_of_the_updates_only():
