@@ -391,8 +391,11 @@ class Run:
         self.flush()                                          # the log is never behind a checkpoint
         state = sharding.whole({"model": model.state_dict(), **more})
         if self.is_main:
+            weights = state["model"]
+            if model.config.tie_embeddings:                   # gathered, they are two copies
+                weights["head.weight"] = weights["embedding.weight"]
             if name == "best.pt":
-                state["model"] = lora.merge(state["model"])
+                state["model"] = lora.merge(weights)
             save(f"{self.out_dir}/{name}", {**self.about, "step": step, **state})
 
 

@@ -61,6 +61,8 @@ def same(a, b, rel=1e-3):
         return
     one, two = (checkpoints.load(folder / "last.pt", to_resume=True) for folder in (a, b))
     assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 6
+    tied = [len({saved["model"][name].data_ptr() for name in ("embedding.weight", "head.weight")}) for saved in (one, two)]
+    assert tied[0] == tied[1] == (1 if one["shape"]["tie_embeddings"] else 2)              # written once
     for name, w in one["model"].items():
         assert type(w) is torch.Tensor
         torch.testing.assert_close(w, two["model"][name], rtol=1e-2, atol=1e-4)
