@@ -56,7 +56,7 @@ weight_decay   = 0.1                     # on matrices only
 grad_clip      = 1.0                     # clip the gradient's norm to this; 0: off
 seed           = 1337                    # of the initial weights and the order of the data
 # machine
-shard          = ""                      # optimizer | full: processes share the model, see sharding.py
+shard          = ""                      # optimizer | full: processes share the model (sharding.py)
 recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
