@@ -51,7 +51,7 @@ lora_rank       = 0                       # train updates of this rank only (lor
 lora_alpha      = 32.0                    # the updates count lora_alpha / lora_rank times
 seed            = 1337                    # of the order of the data and of LoRA's first updates
 # machine
-shard           = ""                      # optimizer | full: processes share the model (sharding.py)
+shard           = ""                      # optimizer | full: processes share it (sharding.py)
 recompute       = False                   # compute blocks twice: less memory, a third more time
 device          = "auto"                  # auto | cuda | mps | cpu
 dtype           = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32

@@ -324,7 +324,8 @@ class Model(nn.Module):
         if y is None:
             return self.logits(h)                                              # (B, T, V)
         if per_token:
-            return self.token_nats(h.flatten(0, 1), y.flatten()).view(y.shape)         # (B, T)
+            nats = self.token_nats(h.flatten(0, 1), y.flatten())               # (B * T,)
+            return nats.view(y.shape).clone()  # sharding wants no view
         return self.loss(h.flatten(0, 1), y.flatten())                         # ()
 
     def hidden(self, x, rope, mask=None, caches=None, cu_seqlens=None):

@@ -629,10 +629,14 @@ def draw_curve(out_dir, title):
     import matplotlib.pyplot as plt
     rows = checkpoints.read_log(f"{out_dir}/log.csv")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
+    series, unit = [("loss", "-", "training"), ("val_loss", "o-", "validation")], "nats per token"
+    if rows and "val_accuracy" in rows[0]:                     # of dpo.py
+        series.append(("val_accuracy", "s-", "accuracy of held-out pairs"))
+        unit = "nats per pair"
+    for name, style, label in series:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         axes.plot(*zip(*points), style, lw=1, ms=3, alpha=0.7, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="optimizer step", ylabel=f"loss, {unit}", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = f"{out_dir}/curve.png"
