@@ -492,7 +492,7 @@ def memory_advice(constants):
         if not (is_memory or isinstance(error, torch.OutOfMemoryError)):
             raise
         rows = constants["micro_batch"]
-        advice = "rows of half the length (--max_seq_len), or a smaller model"
+        advice = "rows of half the length (--max_seq_len), --recompute, or a smaller model"
         if rows > 1:
             advice = (f"--micro_batch={rows // 2}: half the activations, the same batch and the "
                       "same result")
