@@ -234,6 +234,9 @@ def check_sharding(shard, compile, dtype, batch, process):
         raise SystemExit(f"--shard={shard}: choose optimizer or full, or leave it empty")
     if not shard:
         return
+    if torch.__version__ < sharding.OLDEST:
+        raise SystemExit(f"--shard={shard} needs PyTorch {sharding.OLDEST} or newer, this is "
+                         f"{torch.__version__}")
     n = process.world_size
     if n == 1:
         raise SystemExit(f"--shard={shard} shares a model among processes: start several with "

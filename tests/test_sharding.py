@@ -14,9 +14,11 @@ import dpo
 import pretrain
 import runtime
 import sft
+import sharding
 from model import Model, ModelConfig
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
+is_new = pytest.mark.skipif(torch.__version__ < sharding.OLDEST, reason="needs a newer PyTorch")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,14 @@ def same(a, b, rel=1e-3):
                 torch.testing.assert_close(moment, y["state"][i][name], rtol=5e-2, atol=1e-4)
 
 
+def test_an_older_pytorch_is_refused_with_its_version(monkeypatch):
+    monkeypatch.setattr(sharding, "OLDEST", "99")
+    two = runtime.Process(0, 0, 2, torch.device("cpu"))
+    with pytest.raises(SystemExit, match="needs PyTorch 99"):
+        runtime.check_sharding("full", "off", "float32", 4, two)
+
+
+@is_new
 @pytest.mark.parametrize("stage, shard, more", [
     (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)),
     (pretrain, "optimizer", dict(muon_lr=0.0)), (pretrain, "full", dict(dtype="bfloat16")),
@@ -85,6 +95,7 @@ def test_processes_that_share_a_model_learn_what_one_process_learns(train, stage
     same(one, two, 2e-2 if "dtype" in more else 1e-3)
 
 
+@is_new
 def test_a_run_resumes_with_shards_or_without(train):
     whole = train(pretrain, "whole")
     train(pretrain, "parts", 2, shard="full", max_steps=3)
@@ -133,6 +144,7 @@ def test_recomputing_changes_no_number_and_keeps_less(tok):
     assert less < kept / 2 and smaller < estimate
 
 
+@is_new
 @pytest.mark.parametrize("processes, arguments, says", [
     (0, dict(shard="full"), "torchrun"), (0, dict(shard="some"), "choose optimizer or full"),
     (2, dict(shard="full", batch_tokens=3 * 96), "2 processes cannot share a batch of 3")])
