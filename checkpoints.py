@@ -122,6 +122,34 @@ def open_tokens(path, length, meta, made_by, vocab_size):
     return open_bin(path, TOKENS[meta["dtype"]], length, meta, made_by, vocab_size)
 
 
+def open_examples(data_dir, part, meta, size, vocab_size):
+    """The examples of one split, from prepare_sft.py.
+
+    Returns tokens (N,), mask (N,): 1 where the loss counts, starts (n + 1,): where the examples
+    begin, and of each example the inputs, (n,), and the tokens that count, (n,). SystemExit if an
+    example has more than `size` inputs.
+    """
+    path, made_by = f"{data_dir}/{part}", "prepare_sft.py"
+    n, n_tokens = meta[part]["examples"], meta[part]["tokens"]
+    tokens = open_tokens(f"{path}.bin", n_tokens, meta, made_by, vocab_size)
+    mask = open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
+    starts = open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
+    lengths = np.diff(starts) - 1              # n tokens are n - 1 inputs, each with a target
+    if starts[0] != 0 or starts[-1] != n_tokens or lengths.min(initial=1) < 1:
+        raise SystemExit(f"{path}.idx: does not cut {path}.bin into examples; run python "
+                         f"{made_by} again")
+    if lengths.max(initial=0) > size:
+        raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a "
+                         f"row of this run {size}: run python {made_by} --max_seq_len={size}")
+    targets = lengths
+    if n:
+        targets = np.add.reduceat(mask, starts[:-1], dtype=np.int64)
+    if targets.min(initial=1) < 1:
+        raise SystemExit(f"{path}.mask: an example has no token on which the loss counts; run "
+                         f"python {made_by} again")
+    return tokens, mask, starts, lengths, targets
+
+
 def data_hash(meta):
     """A short text that differs between two preparations; "" where there are no checksums."""
     sums = sorted((name, crc) for name, crc in meta["crc32"].items() if "test" not in name)
@@ -363,8 +391,11 @@ class Run:
         self.flush()                                          # the log is never behind a checkpoint
         state = sharding.whole({"model": model.state_dict(), **more})
         if self.is_main:
+            weights = state["model"]
+            if model.config.tie_embeddings:                   # gathered, they are two copies
+                weights["head.weight"] = weights["embedding.weight"]
             if name == "best.pt":
-                state["model"] = lora.merge(state["model"])
+                state["model"] = lora.merge(weights)
             save(f"{self.out_dir}/{name}", {**self.about, "step": step, **state})
 
 

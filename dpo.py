@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import checkpoints
 import lora
@@ -50,7 +51,7 @@ lora_rank       = 0                       # train updates of this rank only (lor
 lora_alpha      = 32.0                    # the updates count lora_alpha / lora_rank times
 seed            = 1337                    # of the order of the data and of LoRA's first updates
 # machine
-shard           = ""                      # optimizer | full: processes share the model, see sharding.py
+shard           = ""                      # optimizer | full: processes share it (sharding.py)
 recompute       = False                   # compute blocks twice: less memory, a third more time
 device          = "auto"                  # auto | cuda | mps | cpu
 dtype           = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -76,21 +77,12 @@ class Pairs:
     """
 
     def __init__(self, part, meta, size, vocab_size):
-        path, made_by = f"{data_dir}/{part}", "prepare_sft.py"
-        n, n_tokens = meta[part]["examples"], meta[part]["tokens"]
-        self.tokens = checkpoints.open_tokens(f"{path}.bin", n_tokens, meta, made_by, vocab_size)
-        self.mask = checkpoints.open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
-        self.starts = checkpoints.open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
+        n = meta[part]["examples"]
         if not meta.get("pairs") or n % 2:
-            raise SystemExit(f"{path}.bin: holds no pairs of answers; run python {made_by} with a "
-                             "corpus of preferences (python corpora.py lists them)")
-        lengths = np.diff(self.starts) - 1
-        if lengths.max(initial=0) > size:
-            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and "
-                             f"this run reads {size}: run python {made_by} --max_seq_len={size}")
-        targets = lengths
-        if n:
-            targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64)
+            raise SystemExit(f"{data_dir}: holds no pairs of answers; run python prepare_sft.py "
+                             "with a corpus of preferences (python corpora.py lists them)")
+        self.tokens, self.mask, self.starts, lengths, targets = checkpoints.open_examples(
+            data_dir, part, meta, size, vocab_size)
         self.n, self.longest = n // 2, int(lengths.max(initial=0))
         self.chosen_targets, self.reference = targets[::2], None
 
@@ -144,12 +136,24 @@ def log_probs_of(model, data, n, tok, autocast, process):
     found = np.zeros((2, n))
     # some twice, so that all processes have as many
     order = np.resize(np.arange(n), math.ceil(n / process.world_size) * process.world_size)
-    for pairs in runtime.micro_batches(order, micro_batch, process):
+    rounds = runtime.micro_batches(order, micro_batch, process)
+    for pairs in tqdm(rounds, leave=False, disable=None if process.is_main else True):
         x, y = read_batch(data, pairs, tok, process.device)
         with autocast:
             found[:, pairs] = log_probs(model, x, y).cpu().numpy()
     sums = runtime.total(found.flatten(), process)             # 0 where another process computed
     return (np.reshape(sums, (2, n)) / np.bincount(order)).astype(np.float32)
+
+
+def saved_reference(saved, part, n):
+    """The reference's log-probabilities of a split in last.pt, (2, n) float32."""
+    found = saved.get("reference")
+    found = found.get(part) if isinstance(found, dict) else None
+    fits = torch.is_tensor(found) and found.shape == (2, n) and found.isfinite().all()
+    if not fits:
+        raise SystemExit(f"{out_dir}/last.pt: refused: the reference's log-probabilities of the "
+                         f"{n} pairs of {part} are missing or wrong; start anew with --overwrite")
+    return found.float().numpy()
 
 
 def evaluate(model, data, n, tok, autocast, process):
@@ -183,6 +187,7 @@ def main():
     global max_steps, max_seq_len
     config.check_range(1, batch_pairs=batch_pairs, micro_batch=micro_batch, eval_pairs=eval_pairs,
                        eval_interval=eval_interval, log_interval=log_interval)
+    config.check_range(0, beta=beta, nll_weight=nll_weight, lora_rank=lora_rank)
     config.check_range(0, 0.5, label_smoothing=label_smoothing)
     made_by = "prepare_sft.py"
     tok = load_tokenizer(tokenizer)
@@ -205,8 +210,8 @@ def main():
                          "more pairs, or a larger val_fraction")
     identity = {**shape, "max_seq_len": max_seq_len, "tokenizer": tok.sha256,
                 "pairs": train.n, "data": checkpoints.data_hash(meta), "batch_pairs": batch_pairs,
-                "seed": seed, "lora_rank": lora_rank, "beta": beta, "nll_weight": nll_weight,
-                "label_smoothing": label_smoothing}
+                "seed": seed, "lora_rank": lora_rank, "lora_alpha": lora_rank and lora_alpha,
+                "beta": beta, "nll_weight": nll_weight, "label_smoothing": label_smoothing}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "dpo", identity)
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
     process = runtime.start(device, batch_pairs, must_agree)
@@ -218,10 +223,13 @@ def main():
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
     forward = runtime.parallel(model, process, shard, dtype_name)
-    for name, data in (("train", train), ("val", val)):        # computed once, with the first model
-        data.reference = (saved["reference"][name].numpy() if saved else
-                          log_probs_of(model, data, data.n, tok, autocast, process))
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
+    # computed once, with the first model; after the optimizers, as it leaves the weights gathered
+    for part, data in (("train", train), ("val", val)):
+        if saved:
+            data.reference = saved_reference(saved, part, data.n)
+        else:
+            data.reference = log_probs_of(model, data, data.n, tok, autocast, process)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory
     facts = runtime.announce(model, process, dtype_name, max_steps - start, 2 * batch_pairs,
@@ -267,9 +275,7 @@ def main():
         elif scaler.is_enabled() and scaler.get_scale() > 2**-64:
             skipped += 1                       # float16 overflowed: the scaler halves its scale
         else:
-            raise SystemExit(f"step {step}: the loss is {train_loss}, the gradient's norm "
-                             f"{grad_norm}; nothing of it was saved: --resume goes on from "
-                             f"{out_dir}/last.pt, perhaps with a lower learning rate")
+            run.refuse(step, f"the loss is {train_loss}, the gradient's norm {grad_norm}")
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -23,15 +23,20 @@ class LoRALinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         out_dim, in_dim = self.weight.shape
         with self.weight.device:
-            self.lora_a = nn.Parameter(torch.empty(rank, in_dim))
-            self.lora_b = nn.Parameter(torch.zeros(out_dim, rank))
-            # a buffer, so that merge() needs nothing but the weights of a checkpoint
-            self.register_buffer("lora_scale", torch.tensor(alpha / rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))        # as in the authors' code
+            a = torch.empty(rank, in_dim)
+            b = torch.zeros(out_dim, rank)
+            scale = torch.tensor(alpha / rank)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))                  # as in the authors' code
+        self.lora_a = nn.Parameter(a)
+        self.lora_b = nn.Parameter(b)
+        # a buffer, so that merge() needs nothing but the weights of a checkpoint
+        self.register_buffer("lora_scale", scale)
 
     def forward(self, x):                                            # (..., in) -> (..., out)
-        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + update * self.lora_scale
+        y = F.linear(x, self.weight, self.bias)
+        h = F.linear(x, self.lora_a)                                 # (..., rank)
+        update = F.linear(h, self.lora_b)
+        return y + update * self.lora_scale
 
 
 def add(model, rank, alpha, seed):
@@ -39,10 +44,11 @@ def add(model, rank, alpha, seed):
     model.requires_grad_(False)
     torch.manual_seed(seed)                    # the same start in all processes
     for block in model.blocks:
-        for layer in (block.attention, block.ffn):
+        for layer in block.attention, block.ffn:
             for name, child in list(layer.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(layer, name, LoRALinear(child, rank, alpha))
+                    replacement = LoRALinear(child, rank, alpha)
+                    setattr(layer, name, replacement)
 
 
 def merge(weights):
@@ -50,15 +56,20 @@ def merge(weights):
 
     Raises ValueError if a part of an update is missing or does not fit.
     """
-    merged = {name: w for name, w in weights.items() if ".lora_" not in str(name)}
-    updates = weights.keys() - merged.keys()
-    for layer in {str(name).rpartition(".lora_")[0] for name in updates}:
+    merged, layers = {}, set()
+    for name, weight in weights.items():
+        layer, is_update, _ = str(name).rpartition(".lora_")
+        if is_update:
+            layers.add(layer)
+        else:
+            merged[name] = weight
+    for layer in layers:
+        name = f"{layer}.weight"
         try:
-            a, b = weights[f"{layer}.lora_a"].float(), weights[f"{layer}.lora_b"].float()
-            update = weights[f"{layer}.lora_scale"].float() * (b @ a)
-            weight = merged[f"{layer}.weight"]
-            # in float32, even if the weights are not
-            merged[f"{layer}.weight"] = (weight.float() + update.view_as(weight)).to(weight.dtype)
+            parts = [weights[f"{layer}.lora_{part}"] for part in ("a", "b", "scale")]
+            a, b, scale = [part.float() for part in parts]     # even if the weights are not
+            weight = merged[name].float() + scale * (b @ a).view_as(merged[name])
+            merged[name] = weight.to(merged[name].dtype)
         except (KeyError, RuntimeError, AttributeError):       # missing, misshapen, no tensor
             raise ValueError(f"the update of the weight {layer} is not whole") from None
     return merged

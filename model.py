@@ -324,7 +324,8 @@ class Model(nn.Module):
         if y is None:
             return self.logits(h)                                              # (B, T, V)
         if per_token:
-            return self.token_nats(h.flatten(0, 1), y.flatten()).view(y.shape)         # (B, T)
+            nats = self.token_nats(h.flatten(0, 1), y.flatten())               # (B * T,)
+            return nats.view(y.shape).clone()  # sharding wants no view
         return self.loss(h.flatten(0, 1), y.flatten())                         # ()
 
     def hidden(self, x, rope, mask=None, caches=None, cu_seqlens=None):
@@ -385,8 +386,11 @@ class Model(nn.Module):
             return F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
 
         rows = loss_rows(h.device, self.config.vocab_size)
-        return torch.cat([checkpoint(nats, hs, ys, use_reentrant=False)
-                          for hs, ys in zip(h.split(rows), y.split(rows))])
+        parts = []
+        for hs, ys in zip(h.split(rows), y.split(rows)):
+            part = checkpoint(nats, hs, ys, use_reentrant=False)
+            parts.append(part)
+        return torch.cat(parts)
 
     def next_logits(self, x, rope, mask, caches):
         """The scores of the token that follows x (B, T), float32 (B, V); the rest as hidden()."""
@@ -465,9 +469,12 @@ class Model(nn.Module):
         weights = (4 * self.n_params() + 12 * trained) / self.shares
         if size < 4 or self.shares > 1:        # copies for the products
             in_blocks = sum(p.numel() for p in self.blocks.parameters())
-            two_blocks = min(in_blocks, 2 * in_blocks // c.n_layers)
-            at_once = in_blocks if self.keeps_weights else two_blocks
-            weights += size * (self.n_params() - in_blocks + at_once)
+            outside = self.n_params() - in_blocks
+            at_once = in_blocks
+            if not self.keeps_weights:
+                two_blocks = 2 * in_blocks // c.n_layers
+                at_once = min(in_blocks, two_blocks)
+            weights += size * (outside + at_once)
         kept = rows * T * c.dim * size if self.recompute else block
         return weights + c.n_layers * kept + max(block, loss)
 
@@ -489,14 +496,17 @@ class ChunkedLoss(torch.autograd.Function):
         trained = ctx.needs_input_grad[1]      # not with LoRA
         weight = weight.detach().requires_grad_(trained)
         dh = torch.empty_like(h)                                               # (N, C)
-        dw = torch.zeros_like(weight, dtype=torch.float32) if trained else None        # (V, C)
+        dw = None
+        if trained:                            # in float32, as there are many chunks
+            dw = torch.zeros_like(weight, dtype=torch.float32)                 # (V, C)
         for hs, ys, dhs in zip(h.split(rows), y.split(rows), dh.split(rows)):
             with torch.enable_grad():
                 hs = hs.detach().requires_grad_()
                 part = nats(hs, weight, ys)
-            dhs[:], *dw_part = torch.autograd.grad(part, (hs, weight) if trained else hs)
+            inputs = (hs, weight) if trained else hs
+            dhs[:], *dw_part = torch.autograd.grad(part, inputs)
             if trained:
-                dw += dw_part[0]               # in float32, as there are many chunks
+                dw += dw_part[0]
             total += part.detach()
         ctx.save_for_backward(dh, dw)
         return total

@@ -32,15 +32,17 @@ class Muon(torch.optim.Optimizer):
             rank, world_size = dist.get_rank(), dist.get_world_size()
         for group in self.param_groups:
             batches = batches_by_shape(group["params"])
+            beta, lr, decay = group["momentum"], group["lr"], group["weight_decay"]
             for start in range(0, len(batches), world_size):   # a batch for every process
                 turn = batches[start:start + world_size]
-                updates = [self.momentum(params, group["momentum"]) for params in turn]
+                updates = [self.momentum(params, beta) for params in turn]
                 if rank < len(turn):
-                    updates[rank] = orthogonalize(updates[rank]).contiguous()
+                    update = orthogonalize(updates[rank])
+                    updates[rank] = update.contiguous()
                 if world_size > 1:
                     exchange(updates)
                 for params, update in zip(turn, updates):
-                    self.apply(params, update, group["lr"], group["weight_decay"])
+                    self.apply(params, update, lr, decay)
 
     def momentum(self, params, beta):
         """The Nesterov momentum of matrices of one shape, (n, rows, columns) in self.dtype.
@@ -56,11 +58,17 @@ class Muon(torch.optim.Optimizer):
             buffers.append(local(state["momentum"]))
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         ahead = torch._foreach_lerp(grads, buffers, beta)
-        return torch.stack([gathered(u.to(self.dtype), p) for u, p in zip(ahead, params)])
+        updates = []
+        for p, rows in zip(params, ahead):
+            rows = rows.to(self.dtype)
+            updates.append(gathered(rows, p))
+        return torch.stack(updates)
 
     def apply(self, params, update, lr, weight_decay):
-        scale = 0.2 * math.sqrt(max(params[0].shape))
-        rows = [local(share(u, p)) for u, p in zip(update.to(params[0].dtype), params)]
+        first = params[0]
+        scale = 0.2 * math.sqrt(max(first.shape))
+        update = update.to(first.dtype)
+        rows = [local(share(u, p)) for u, p in zip(update, params)]
         weights = [local(p) for p in params]
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
         torch._foreach_add_(weights, rows, alpha=-lr * scale)
@@ -71,7 +79,8 @@ def exchange(updates):
     sent = []
     for owner, update in enumerate(updates):
         data = update.view(torch.uint8)
-        sent.append(dist.broadcast(data, owner, async_op=True))
+        work = dist.broadcast(data, owner, async_op=True)
+        sent.append(work)
     for work in sent:
         work.wait()
 
@@ -86,11 +95,14 @@ def batches_by_shape(params):
     for p in params:
         by_shape.setdefault(p.shape, []).append(p)
     for shape, alike in by_shape.items():
-        limit = 2**22 if alike[0].device.type == "cpu" else 2**25
+        device = alike[0].device.type
+        limit = 2**22 if device == "cpu" else 2**25
         share = math.ceil(len(alike) / MUON_BATCHES)
-        n = max(1, min(share, limit // shape.numel()))
+        n = min(share, limit // shape.numel())
+        n = max(1, n)
         for i in range(0, len(alike), n):
-            batches.append(alike[i:i + n])
+            batch = alike[i:i + n]
+            batches.append(batch)
     return batches
 
 
@@ -125,15 +137,18 @@ def make_optimizers(model, lr, muon_lr, weight_decay, dtype="float32"):
             hidden.append(p)
         else:
             matrices.append(p)
-    groups = [dict(params=matrices, weight_decay=weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
-    fused = vectors[0].device.type in ("cuda", "cpu")
+    decayed = dict(params=matrices, weight_decay=weight_decay)
+    others = dict(params=vectors, weight_decay=0.0)
+    device = vectors[0].device.type
+    fused = device in ("cuda", "cpu")
     # beta1 of 0.8, and 0.9 as Muon's momentum: in runs of some thousand steps shorter memories than
     # usual learn faster
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95), fused=fused)]
+    adamw = torch.optim.AdamW([decayed, others], lr=lr, betas=(0.8, 0.95), fused=fused)
+    optimizers = [adamw]
     if hidden:
         half = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-        optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=half))
+        muon = Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=half)
+        optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

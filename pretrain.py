@@ -56,7 +56,7 @@ weight_decay   = 0.1                     # on matrices only
 grad_clip      = 1.0                     # clip the gradient's norm to this; 0: off
 seed           = 1337                    # of the initial weights and the order of the data
 # machine
-shard          = ""                      # optimizer | full: processes share the model, see sharding.py
+shard          = ""                      # optimizer | full: processes share the model (sharding.py)
 recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -102,16 +102,20 @@ def continued(shape):
     which tell neighbours apart (Chen et al. 2023, arXiv:2306.15595, with the ramp of Llama 3).
     """
     shape, context = dict(shape), shape["max_seq_len"]
+    if max_seq_len > context and not rope_theta and rope_factor == 1:
+        raise ValueError(f"the model of {init_from} reads {context} tokens at most; for "
+                         f"--max_seq_len={max_seq_len} raise --rope_theta= or --rope_factor=")
+    if rope_factor > 1 and max_seq_len <= context:
+        raise ValueError(f"the model of {init_from} reads {context} tokens already; --rope_factor="
+                         f"{rope_factor} is for a larger --max_seq_len=")
     if rope_theta:
         shape["rope_theta"] = rope_theta
     if rope_factor > 1:
-        shape["rope_scaling"] = dict(factor=rope_factor, low_freq_factor=1.0, high_freq_factor=4.0,
-                                     original_max_position_embeddings=context)
-    if max_seq_len > context:
-        if not rope_theta and rope_factor <= 1:
-            raise ValueError(f"the model of {init_from} reads {context} tokens at most; for "
-                             f"--max_seq_len={max_seq_len} raise --rope_theta= or --rope_factor=")
-        shape["max_seq_len"] = max_seq_len
+        scaling = dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                       original_max_position_embeddings=context)
+        scaling.update(shape["rope_scaling"] or {})            # of an earlier continuation
+        shape["rope_scaling"] = {**scaling, "factor": rope_factor * scaling["factor"]}
+    shape["max_seq_len"] = max(max_seq_len, context)
     return ModelConfig(**shape)
 
 
@@ -142,7 +146,10 @@ def sample(model, tok, autocast, process):
 def main():
     global max_steps, micro_batch
     config.check_range(1, max_seq_len=max_seq_len, eval_interval=eval_interval,
-                       log_interval=log_interval)
+                       log_interval=log_interval, rope_factor=rope_factor)
+    if rope_factor > 1 and not init_from:
+        raise SystemExit(f"--rope_factor={rope_factor} is for a longer context than that of "
+                         "--init_from=, which is empty")
     made_by = "prepare_pretrain.py"
     tok = load_tokenizer(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, made_by)

@@ -80,8 +80,8 @@ def start(device, batch_rows=1, constants=()):
     if device.type == "cpu" and WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_SIZE))      # torchrun's default is 1
     if batch_rows < WORLD_SIZE:
-        raise SystemExit(f"batch_tokens is {batch_rows} rows of max_seq_len tokens, and each of "
-                         f"the {WORLD_SIZE} processes needs one at least")
+        raise SystemExit(f"a batch of {batch_rows} rows or pairs (see --help: batch_tokens or "
+                         f"batch_pairs), but {WORLD_SIZE} processes need one each at least")
     process = Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
     if WORLD_SIZE > 1:
         threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
@@ -234,6 +234,9 @@ def check_sharding(shard, compile, dtype, batch, process):
         raise SystemExit(f"--shard={shard}: choose optimizer or full, or leave it empty")
     if not shard:
         return
+    if torch.__version__ < sharding.OLDEST:
+        raise SystemExit(f"--shard={shard} needs PyTorch {sharding.OLDEST} or newer, this is "
+                         f"{torch.__version__}")
     n = process.world_size
     if n == 1:
         raise SystemExit(f"--shard={shard} shares a model among processes: start several with "
@@ -492,7 +495,7 @@ def memory_advice(constants):
         if not (is_memory or isinstance(error, torch.OutOfMemoryError)):
             raise
         rows = constants["micro_batch"]
-        advice = "rows of half the length (--max_seq_len), or a smaller model"
+        advice = "rows of half the length (--max_seq_len), --recompute, or a smaller model"
         if rows > 1:
             advice = (f"--micro_batch={rows // 2}: half the activations, the same batch and the "
                       "same result")
@@ -528,7 +531,6 @@ def micro_batches(rows, micro_batch, process):
 # -----------------------------------------------------------------------------------------------
 # validation and progress
 
-@torch.no_grad()
 def even_rounds(n_rows, past_the_end, micro_batch, process):
     """micro_batches() of the first n_rows rows, equally many in each process.
 
@@ -545,6 +547,7 @@ def clip_gradient(model, largest):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
+@torch.no_grad()
 def evaluate(model, batches, token_bytes, autocast, process):
     """Mean loss in nats per token and in bits per byte of text, over the batches of all processes.
 
@@ -629,10 +632,14 @@ def draw_curve(out_dir, title):
     import matplotlib.pyplot as plt
     rows = checkpoints.read_log(f"{out_dir}/log.csv")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
+    series, unit = [("loss", "-", "training"), ("val_loss", "o-", "validation")], "nats per token"
+    if rows and "val_accuracy" in rows[0]:                     # of dpo.py
+        series.append(("val_accuracy", "s-", "accuracy of held-out pairs"))
+        unit = "nats per pair"
+    for name, style, label in series:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         axes.plot(*zip(*points), style, lw=1, ms=3, alpha=0.7, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=title)
+    axes.set(xlabel="optimizer step", ylabel=f"loss, {unit}", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = f"{out_dir}/curve.png"

@@ -46,7 +46,7 @@ lora_rank      = 0                       # train updates of this rank only (lora
 lora_alpha     = 32.0                    # the updates count lora_alpha / lora_rank times
 seed           = 1337                    # of the order of the data and of LoRA's first updates
 # machine
-shard          = ""                      # optimizer | full: processes share the model, see sharding.py
+shard          = ""                      # optimizer | full: processes share the model (sharding.py)
 recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -90,25 +90,11 @@ class Examples:
     """
 
     def __init__(self, part, meta, size, vocab_size):
-        path, made_by = f"{data_dir}/{part}", "prepare_sft.py"
-        n, n_tokens = meta[part]["examples"], meta[part]["tokens"]
-        self.tokens = checkpoints.open_tokens(f"{path}.bin", n_tokens, meta, made_by, vocab_size)
-        self.mask = checkpoints.open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
-        self.starts = checkpoints.open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
-        lengths = np.diff(self.starts) - 1     # n tokens are n - 1 inputs, each with a target
-        if self.starts[0] != 0 or self.starts[-1] != n_tokens or lengths.min(initial=1) < 1:
-            raise SystemExit(f"{path}.idx: does not cut {path}.bin into examples; run python "
-                             f"{made_by} again")
-        if lengths.max(initial=0) > size:
-            raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and "
-                             f"a row of this run {size}: run python {made_by} "
-                             f"--max_seq_len={size}")
-        targets = lengths
-        if n:
-            targets = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64)
-        if targets.min(initial=1) < 1:
-            raise SystemExit(f"{path}.mask: an example has no token on which the loss counts; run "
-                             f"python {made_by} again")
+        if meta.get("pairs"):
+            raise SystemExit(f"{data_dir}: holds pairs of a better and a worse answer, on which "
+                             "dpo.py trains; sft.py would learn both")
+        self.tokens, self.mask, self.starts, lengths, targets = checkpoints.open_examples(
+            data_dir, part, meta, size, vocab_size)
         self.size = size
         self.rows = pack(lengths, size)
         self.targets = np.array([targets[row].sum() for row in self.rows])
@@ -164,6 +150,7 @@ def sample(model, tok, autocast, process):
 def main():
     global max_steps, max_seq_len, micro_batch
     config.check_range(1, eval_interval=eval_interval, log_interval=log_interval)
+    config.check_range(0, lora_rank=lora_rank)
     made_by = "prepare_sft.py"
     tok = load_tokenizer(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, made_by)
@@ -187,7 +174,7 @@ def main():
                          "more text, or a larger val_fraction")
     identity = {**shape, "max_seq_len": max_seq_len, "tokenizer": tok.sha256,
                 "rows": n_rows, "data": checkpoints.data_hash(meta), "batch_tokens": batch_tokens,
-                "seed": seed, "lora_rank": lora_rank}
+                "seed": seed, "lora_rank": lora_rank, "lora_alpha": lora_rank and lora_alpha}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "sft", identity)
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
     process = runtime.start(device, batch_rows, must_agree)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 MODES = "", "optimizer", "full"
+OLDEST = "2.9"                 # the oldest PyTorch that this was run with; 2.6 cannot share()
 
 
 def shard(model, process, mode, dtype):

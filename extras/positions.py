@@ -3,8 +3,8 @@
     python -m extras.positions --checkpoint=out/long/best.pt     a table, on data/pretrain/val.bin
     python -m extras.positions --max_seq_len=512                 the same text in shorter rows
 
-Where a longer context helps, the loss of later tokens goes on falling. Compare two models on the same
-tokens: rows of the same max_seq_len cut the text in the same places.
+Where a longer context helps, the loss of later tokens goes on falling. Compare two models on the
+same tokens: rows of the same max_seq_len cut the text in the same places.
 """
 import config                                  # before torch: sets how its threads wait
 import math

@@ -1,4 +1,5 @@
 """dpo.py: against trl, against its own formula written plainly, and as a user runs it."""
+import copy
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ from test_training import constants, refused, same_run, save_model
 import checkpoints
 import dpo
 import runtime
+import sft
 from model import Model, ModelConfig
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
@@ -38,9 +40,9 @@ def settings(tok, pairs, tmp_path_factory):
             p.mul_(3)
     checkpoint = str(tmp_path_factory.mktemp("start") / "best.pt")
     save_model(checkpoint, model, tok, "sft")
-    return dict(checkpoint=checkpoint, tokenizer=tok.name, data_dir=str(pairs), device="cpu", dtype="float32",
-                batch_pairs=5, micro_batch=2, max_steps=6, eval_interval=3, lr=3e-3, muon_lr=3e-3, warmup=0.0,
-                sample_prompts="")
+    return dict(checkpoint=checkpoint, tokenizer=tok.name, data_dir=str(pairs), device="cpu",
+                dtype="float32", batch_pairs=5, micro_batch=2, max_steps=6, eval_interval=3,
+                lr=3e-3, muon_lr=3e-3, warmup=0.0, sample_prompts="")
 
 
 @pytest.fixture
@@ -72,21 +74,23 @@ def test_loss_and_gradients_are_those_of_trl(settings, tok, pairs, tmp_path):
     from extras.huggingface import their_name
     with constants(export, checkpoint=settings["checkpoint"], out=str(tmp_path / "hf")):
         export.main()
-    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-                         for _ in range(2))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(tmp_path / "hf", dtype=torch.float32) for _ in range(2))
     start = checkpoints.load(settings["checkpoint"])
-    ours, before = (Model.from_state(start["shape"], {name: w.clone() for name, w in start["model"].items()})
-                    for _ in range(2))
+    ours = Model.from_state(start["shape"], copy.deepcopy(start["model"]))
+    before = Model.from_state(start["shape"], start["model"])
     theirs, generator = dict(policy.named_parameters()), torch.Generator().manual_seed(1)
     with torch.no_grad():                                        # training has moved the policy
         for name, p in ours.named_parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.02)
             theirs[their_name(name)].copy_(p)
-    args = trl.DPOConfig(str(tmp_path / "trl"), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3], beta=0.2,
-                         use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False)
-    dataset = datasets.Dataset.from_list([dict(prompt="小猫", chosen="在河边", rejected="唱歌")])    # it wants one
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    trainer = trl.DPOTrainer(policy, reference, args, train_dataset=dataset, processing_class=tokenizer)
+    args = trl.DPOConfig(str(tmp_path / "trl"), loss_type=["sigmoid", "sft"],
+                         loss_weights=[1.0, 0.3], beta=0.2, use_cpu=True, bf16=False, report_to=[],
+                         gradient_checkpointing=False)
+    example = dict(prompt="小猫", chosen="在河边", rejected="唱歌")                # it wants one
+    trainer = trl.DPOTrainer(
+        policy, reference, args, train_dataset=datasets.Dataset.from_list([example]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"))
     rows, found = [], examples(tok, pairs, "train")
     for (chosen, mask), (rejected, _) in list(zip(found[::2], found[1::2]))[:4]:
         n = mask.index(1)
@@ -95,7 +99,8 @@ def test_loss_and_gradients_are_those_of_trl(settings, tok, pairs, tmp_path):
     loss.backward()
 
     with constants(dpo, **settings, beta=0.2):
-        data = dpo.Pairs("train", checkpoints.read_meta(f"{pairs}/meta.json", tok, "prepare_sft.py"), 96, tok.vocab_size)
+        meta = checkpoints.read_meta(f"{pairs}/meta.json", tok, "prepare_sft.py")
+        data = dpo.Pairs("train", meta, 96, tok.vocab_size)
         x, y = dpo.read_batch(data, np.arange(4), tok, torch.device("cpu"))
         with torch.no_grad():
             known = dpo.log_probs(before, x, y)
@@ -111,7 +116,8 @@ def test_loss_and_gradients_are_those_of_trl(settings, tok, pairs, tmp_path):
 
 def test_a_step_is_the_formula_written_plainly(train, settings, tok, pairs):
     """Also with label smoothing, which trl's loss leaves out, and with the validation's figures."""
-    rows = train("out", max_steps=1, eval_interval=1, label_smoothing=0.2, nll_weight=0.3, beta=0.5, lr=0.0, muon_lr=0.0)
+    rows = train("out", max_steps=1, eval_interval=1, label_smoothing=0.2, nll_weight=0.3,
+                 beta=0.5, lr=0.0, muon_lr=0.0)
     start = checkpoints.load(settings["checkpoint"])
     model = Model.from_state(start["shape"], start["model"])
     found, order = examples(tok, pairs, "train"), runtime.batch_rows(0, 5, 14, dpo.seed)
@@ -125,20 +131,22 @@ def test_a_step_is_the_formula_written_plainly(train, settings, tok, pairs):
     preferred = np.mean(np.array(val[::2]) > np.array(val[1::2]))
     assert 0 < preferred < 1 and float(rows[0]["val_preferred"]) == pytest.approx(preferred)
 
-    logp, known = torch.tensor([[-3.0, -5.0], [-4.0, -4.0]]), torch.tensor([[-3.5, -4.0], [-3.0, -6.0]])
+    logp = torch.tensor([[-3.0, -5.0], [-4.0, -4.0]])
+    known = torch.tensor([[-3.5, -4.0], [-3.0, -6.0]])
     with constants(dpo, beta=0.5, label_smoothing=0.2):
         loss, margin = dpo.preferences(logp, known)
     expected = [0.5 * ((-3 + 3.5) - (-4 + 3)), 0.5 * ((-5 + 4) - (-4 + 6))]
     assert margin.tolist() == pytest.approx(expected)
-    assert loss.tolist() == pytest.approx([-0.8 * np.log(1 / (1 + np.exp(-m))) - 0.2 * np.log(1 / (1 + np.exp(m)))
-                                           for m in expected])
+    right = 1 / (1 + np.exp(-np.array(expected)))                # the probability of each pair
+    assert loss.tolist() == pytest.approx(list(-0.8 * np.log(right) - 0.2 * np.log(1 - right)))
 
 
 def test_the_losses_do_not_depend_on_the_micro_batch_or_the_processes(train, settings, tmp_path):
     one = train("one", micro_batch=5)
     three = train("three", micro_batch=3)
     arguments = {**settings, "out_dir": tmp_path / "two"}
-    done = run("dpo.py", tmp_path, *(f"--{name}={value}" for name, value in arguments.items()), torchrun=2)
+    arguments = (f"--{name}={value}" for name, value in arguments.items())
+    done = run("dpo.py", tmp_path, *arguments, torchrun=2)
     assert done.rc == 0, done.err
     two = checkpoints.read_log(tmp_path / "two" / "log.csv")
     assert len(one) == len(two) == 6 and one[0]["loss"] != one[5]["loss"]
@@ -158,7 +166,7 @@ def test_training_prefers_the_chosen_answers(train):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_run_in_two_parts_is_the_run_in_one(train, tmp_path, lora_rank):
-    with pytest.MonkeyPatch.context() as patch:                  # the schedule is that of the whole run
+    with pytest.MonkeyPatch.context() as patch:      # the schedule is that of the whole run
         patch.setattr(dpo, "schedule", lambda step: 1.0)
         train("a", lora_rank=lora_rank)
         train("b", lora_rank=lora_rank, max_steps=3)
@@ -171,4 +179,24 @@ def test_what_is_no_pair_is_refused(settings, tok, sft_dir, pairs, tmp_path):
         assert "holds no pairs" in refused(dpo.main)
     with constants(dpo, **{**settings, "max_seq_len": 12, "out_dir": str(tmp_path / "o")}):
         assert "--max_seq_len=12" in refused(dpo.main)
+    with constants(sft, **{name: settings[name] for name in ("checkpoint", "tokenizer", "device")},
+                   data_dir=str(pairs), out_dir=str(tmp_path / "o")):
+        assert "dpo.py" in refused(sft.main)         # it would learn the rejected answers, too
     assert not (tmp_path / "o" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("harm, part", [
+    (lambda r: r.clear(), "train"), (lambda r: r.update(train=r["train"][:, 1:]), "train"),
+    (lambda r: r.update(val="text"), "val"), (lambda r: r["val"].fill_(np.nan), "val")])
+def test_a_damaged_reference_in_last_pt_is_refused(train, tmp_path, harm, part):
+    train("out", max_steps=1)
+    saved = checkpoints.load(tmp_path / "out" / "last.pt", to_resume=True)
+    harm(saved["reference"])
+    torch.save(saved, tmp_path / "out" / "last.pt")
+    sentence = refused(lambda: train("out", resume=True))
+    assert "last.pt" in sentence and f"pairs of {part}" in sentence
+
+
+@pytest.mark.parametrize("name", ["beta", "nll_weight", "lora_rank"])
+def test_a_constant_below_zero_is_refused(train, name):
+    assert f"--{name}=-1" in refused(lambda: train("out", **{name: -1}))

@@ -21,8 +21,9 @@ def test_losses_and_weights_after_some_steps_are_those_of_peft(tmp_path):
     from extras.huggingface import their_name
     ours = network(n_kv_heads=1)
     config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=ours.config.hidden_dim, rms_norm_eps=1e-5, tie_word_embeddings=True)
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=ours.config.hidden_dim, rms_norm_eps=1e-5,
+        tie_word_embeddings=True)
     theirs = transformers.LlamaForCausalLM(config)
     for name, w in ours.state_dict().items():
         theirs.state_dict()[their_name(name)].copy_(w)
@@ -40,7 +41,8 @@ def test_losses_and_weights_after_some_steps_are_those_of_peft(tmp_path):
     trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert trained.keys() == same.keys() and len(same) == 2 * 2 * 7
     assert {id(p) for p in same.values()} == {id(p) for p in theirs.parameters() if p.requires_grad}
-    optimizers = [torch.optim.AdamW(list(params), lr=1e-2) for params in (trained.values(), same.values())]
+    optimizers = [torch.optim.AdamW(list(params), lr=1e-2)
+                  for params in (trained.values(), same.values())]
     x = torch.randint(0, 300, (3, 25), generator=torch.Generator().manual_seed(2))
     for step in range(4):
         losses = ours(x[:, :-1], x[:, 1:]) / x[:, 1:].numel(), theirs(input_ids=x, labels=x).loss
@@ -70,8 +72,9 @@ def test_a_merged_model_computes_what_was_trained_and_the_frozen_weights_stay(dt
     weights = lora.merge({name: w.to(dtype) for name, w in model.state_dict().items()})
     assert weights.keys() == before.keys()
     merged = Model.from_state(vars(model.config), {name: w.float() for name, w in weights.items()})
-    changed = [name for name in before if not torch.equal(weights[name].float(), before[name].to(dtype).float())]
-    assert sorted(changed) == sorted(name for name in before if name.startswith("blocks.") and before[name].ndim == 2)
+    changed = {name for name in before if not torch.equal(weights[name], before[name].to(dtype))}
+    assert changed == {name for name, w in before.items()
+                       if name.startswith("blocks.") and w.ndim == 2}
     if dtype == torch.float32:
         torch.testing.assert_close(merged(x), model(x), rtol=1e-4, atol=1e-5)
     assert lora.merge(before) == before
@@ -90,12 +93,14 @@ def test_half_an_update_is_refused(harm):
         lora.merge(weights)
 
 
-def test_fine_tuning_with_lora_resumes_exactly_and_ends_in_an_ordinary_checkpoint(tok, sft_dir, tmp_path, monkeypatch):
+def test_fine_tuning_with_lora_resumes_exactly_and_ends_in_an_ordinary_checkpoint(
+        tok, sft_dir, tmp_path, monkeypatch):
     start = network(vocab_size=tok.vocab_size, max_seq_len=96)
     save_model(tmp_path / "start.pt", start, tok, "pretrain")
-    settings = dict(checkpoint=str(tmp_path / "start.pt"), tokenizer=tok.name, data_dir=str(sft_dir), device="cpu",
-                    dtype="float32", batch_tokens=256, max_steps=8, eval_interval=4, save_interval=2, lr=3e-3,
-                    lora_rank=4, sample_prompts="", compile="off", micro_batch=2)
+    settings = dict(checkpoint=str(tmp_path / "start.pt"), tokenizer=tok.name, device="cpu",
+                    data_dir=str(sft_dir), dtype="float32", batch_tokens=256, max_steps=8,
+                    eval_interval=4, save_interval=2, lr=3e-3, lora_rank=4, sample_prompts="",
+                    compile="off", micro_batch=2)
 
     def run(name, **values):
         with constants(sft, **{**settings, "out_dir": str(tmp_path / name), **values}):
@@ -111,12 +116,15 @@ def test_fine_tuning_with_lora_resumes_exactly_and_ends_in_an_ordinary_checkpoin
     best = checkpoints.load(tmp_path / "whole" / "best.pt")
     assert best["model"].keys() == start.state_dict().keys()
     assert torch.equal(best["model"]["embedding.weight"], start.embedding.weight)
-    assert not torch.equal(best["model"]["blocks.0.attention.wq.weight"], start.blocks[0].attention.wq.weight)
-    last = checkpoints.load(tmp_path / "whole" / "last.pt")              # sample.py takes it, too: merged
+    query = best["model"]["blocks.0.attention.wq.weight"]
+    assert not torch.equal(query, start.blocks[0].attention.wq.weight)
+    last = checkpoints.load(tmp_path / "whole" / "last.pt")      # sample.py takes it, too: merged
     assert last["model"].keys() == best["model"].keys()
     assert all(torch.equal(w, best["model"][name]) for name, w in last["model"].items())
     with pytest.raises(SystemExit, match="lora_rank"):
         run("parts", resume=True, lora_rank=0)
+    with pytest.raises(SystemExit, match="lora_alpha"):
+        run("parts", resume=True, lora_alpha=64.0)
 
 
 def test_the_estimate_of_memory_counts_gradients_and_moments_of_the_updates_only():
@@ -124,5 +132,5 @@ def test_the_estimate_of_memory_counts_gradients_and_moments_of_the_updates_only
     whole = model.bytes_to_train(1, 8, torch.float32)
     lora.add(model, rank=2, alpha=4, seed=1)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = 12 * (model.n_params() - n_trained)                          # two moments and a gradient each
+    saved = 12 * (model.n_params() - n_trained)                  # two moments and a gradient each
     assert whole - model.bytes_to_train(1, 8, torch.float32) == pytest.approx(saved, rel=0.3)

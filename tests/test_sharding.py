@@ -1,5 +1,6 @@
-"""--shard and --recompute: the same losses and checkpoints as without, also across a kill and other processes."""
+"""--shard and --recompute: the same losses and checkpoints as without, also across processes."""
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from test_training import constants, save_model
 import checkpoints
 import dpo
 import pretrain
+import runtime
 import sft
+import sharding
 from model import Model, ModelConfig
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
+is_new = pytest.mark.skipif(torch.__version__ < sharding.OLDEST, reason="needs a newer PyTorch")
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +27,10 @@ def settings(tok, pretrain_dir, sft_dir, tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("start"), random.Random(5)
     torch.manual_seed(0)
     save_model(folder / "best.pt", Model(ModelConfig(tok.vocab_size, **SHAPE)), tok, "pretrain")
-    pairs = write_pairs(folder / "pairs", tok, [pair(rng) for _ in range(14)], [pair(rng) for _ in range(5)])
-    every = dict(tokenizer=tok.name, device="cpu", dtype="float32", max_steps=6, eval_interval=3, lr=3e-3, muon_lr=3e-3,
-                 warmup=0.0, lr_min=1.0, sample_prompts="")
+    train, val = ([pair(rng) for _ in range(n)] for n in (14, 5))
+    pairs = write_pairs(folder / "pairs", tok, train, val)
+    every = dict(tokenizer=tok.name, device="cpu", dtype="float32", max_steps=6, eval_interval=3,
+                 lr=3e-3, muon_lr=3e-3, warmup=0.0, lr_min=1.0, sample_prompts="")
     rows = dict(every, batch_tokens=4 * 96, max_seq_len=96, compile="off")
     return {"pretrain": dict(rows, **{**SHAPE, "data_dir": str(pretrain_dir)}),
             "sft": dict(rows, data_dir=str(sft_dir), checkpoint=str(folder / "best.pt")),
@@ -38,8 +43,8 @@ def train(settings, tmp_path):
     def train(stage, name, processes=0, **values):
         values = {**settings[stage.__name__], "out_dir": str(tmp_path / name), **values}
         if processes:
-            done = run(f"{stage.__name__}.py", tmp_path, *(f"--{name}={value}" for name, value in values.items()),
-                       torchrun=processes)
+            arguments = (f"--{name}={value}" for name, value in values.items())
+            done = run(f"{stage.__name__}.py", tmp_path, *arguments, torchrun=processes)
             assert done.rc == 0, done.err
         else:
             with constants(stage, **values):
@@ -59,6 +64,9 @@ def same(a, b, rel=1e-3):
         return
     one, two = (checkpoints.load(folder / "last.pt", to_resume=True) for folder in (a, b))
     assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 6
+    for weights in one["model"], two["model"]:                   # tied ones are written once
+        is_one = weights["embedding.weight"].data_ptr() == weights["head.weight"].data_ptr()
+        assert is_one == one["shape"]["tie_embeddings"]
     for name, w in one["model"].items():
         assert type(w) is torch.Tensor
         torch.testing.assert_close(w, two["model"][name], rtol=1e-2, atol=1e-4)
@@ -69,14 +77,25 @@ def same(a, b, rel=1e-3):
                 torch.testing.assert_close(moment, y["state"][i][name], rtol=5e-2, atol=1e-4)
 
 
+def test_an_older_pytorch_is_refused_with_its_version(monkeypatch):
+    monkeypatch.setattr(sharding, "OLDEST", "99")
+    two = runtime.Process(0, 0, 2, torch.device("cpu"))
+    with pytest.raises(SystemExit, match="needs PyTorch 99"):
+        runtime.check_sharding("full", "off", "float32", 4, two)
+
+
+@is_new
 @pytest.mark.parametrize("stage, shard, more", [
-    (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)), (pretrain, "optimizer", dict(muon_lr=0.0)),
-    (pretrain, "full", dict(dtype="bfloat16")),
-    (sft, "full", dict(lora_rank=3)), (dpo, "full", {})], ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo"])
+    (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)),
+    (pretrain, "optimizer", dict(muon_lr=0.0)), (pretrain, "full", dict(dtype="bfloat16")),
+    (sft, "full", dict(lora_rank=3)), (dpo, "optimizer", {})],
+    ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo"])
 def test_processes_that_share_a_model_learn_what_one_process_learns(train, stage, shard, more):
-    same(train(stage, "one", **more), train(stage, "two", 2, shard=shard, **more), 2e-2 if "dtype" in more else 1e-3)
+    one, two = train(stage, "one", **more), train(stage, "two", 2, shard=shard, **more)
+    same(one, two, 2e-2 if "dtype" in more else 1e-3)
 
 
+@is_new
 def test_a_run_resumes_with_shards_or_without(train):
     whole = train(pretrain, "whole")
     train(pretrain, "parts", 2, shard="full", max_steps=3)
@@ -92,9 +111,18 @@ def test_the_estimate_of_memory_divides_what_is_shared(tok):
     kept = model.bytes_to_train(1, 8, torch.float32)
     model.keeps_weights = False
     full = model.bytes_to_train(1, 8, torch.float32)
-    assert alone - kept == 16 * weights * 3 / 4 - 4 * weights              # but all are gathered in the passes
+    assert alone - kept == 16 * weights * 3 / 4 - 4 * weights    # all are gathered in the passes
     blocks = sum(p.numel() for p in model.blocks.parameters())
     assert kept - full == 4 * blocks * 6 / 8                               # or those of two blocks
+
+
+def test_validation_keeps_nothing_for_a_backward_pass(tok):
+    model, x = Model(ModelConfig(tok.vocab_size, **SHAPE)), torch.arange(5, 45)[None]
+    kept, token_bytes = [], np.ones(tok.vocab_size)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        alone = runtime.Process(0, 0, 1, x.device)
+        runtime.evaluate(model, [(x, x, None)], token_bytes, nullcontext(), alone)
+    assert not kept
 
 
 def test_recomputing_changes_no_number_and_keeps_less(tok):
@@ -104,7 +132,8 @@ def test_recomputing_changes_no_number_and_keeps_less(tok):
     found = []
     for model.recompute in (False, True):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        hooks = (lambda t: kept.append(t.nbytes) or t), (lambda t: t)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
             loss = model(x, x)
         model.zero_grad()
         loss.backward()
@@ -115,11 +144,13 @@ def test_recomputing_changes_no_number_and_keeps_less(tok):
     assert less < kept / 2 and smaller < estimate
 
 
+@is_new
 @pytest.mark.parametrize("processes, arguments, says", [
     (0, dict(shard="full"), "torchrun"), (0, dict(shard="some"), "choose optimizer or full"),
     (2, dict(shard="full", batch_tokens=3 * 96), "2 processes cannot share a batch of 3")])
 def test_what_cannot_be_sharded_is_refused(settings, tmp_path, processes, arguments, says):
     arguments = {**settings["pretrain"], "out_dir": tmp_path / "out", **arguments}
-    done = run("pretrain.py", tmp_path, *(f"--{name}={value}" for name, value in arguments.items()), torchrun=processes)
+    arguments = (f"--{name}={value}" for name, value in arguments.items())
+    done = run("pretrain.py", tmp_path, *arguments, torchrun=processes)
     assert done.rc == 1 and says in done.err
     assert not np.array(list(tmp_path.glob("out/*.pt"))).size
