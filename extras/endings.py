@@ -3,8 +3,8 @@
     python -m extras.endings --checkpoint=out/pretrain/best.pt
 
 Each question is one beginning with four endings of the same number of characters, and the model
-answers with the text that it finds most likely: chance is 25 %. The mean probability that it gives to
-the right one of the four is the finer score. All texts are ours and made below: measure words,
+answers with the text that it finds most likely: chance is 25 %. The mean probability that it gives
+to the right one of the four is the finer score. All texts are ours and made below: measure words,
 antonyms, sums, idioms, ends of stories. Method: Gao et al. 2021, the lm-evaluation-harness.
 """
 import config                                  # before torch: sets how its threads wait
@@ -102,7 +102,7 @@ SETS = measure_words, antonyms, sums, idioms, stories
 
 
 def answer(model, tok, questions):
-    """For each question the probabilities of its texts, which sum to 1; the right text is the first.
+    """For each question the probabilities of its texts, which sum to 1; the right one is first.
 
     questions: lists of texts. A text is scored as a whole, from bos on: however the vocabulary cuts
     it, the beginning that the texts share cancels out.
@@ -122,7 +122,8 @@ def main():
     model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
 
     shares, means, n = [], [], 0
-    lines = ["| set | questions | right, % | probability of the right one, % |", "|---|---|---|---|"]
+    lines = ["| set | questions | right, % | probability of the right one, % |",
+             "|---|---|---|---|"]
     for make in SETS:
         rng = Random(SEED)
         questions = list(make(rng))
@@ -135,7 +136,8 @@ def main():
         name = make.__name__.replace("_", " ")
         lines.append(f"| {name} | {len(answers)} | {100 * share:.1f} ± {100 * error:.1f} | "
                      f"{100 * mean:.1f} |")
-    lines.append(f"| mean of the sets | {n} | {100 * fmean(shares):.1f} | {100 * fmean(means):.1f} |")
+    lines.append(f"| mean of the sets | {n} | {100 * fmean(shares):.1f} | "
+                 f"{100 * fmean(means):.1f} |")
     title = f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): endings; chance is 25 %"
     table = "\n".join([title, "", *lines])
     with config.whole_file(page) as f:

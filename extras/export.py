@@ -22,7 +22,7 @@ import tokenizer as tokenizers
 from extras.huggingface import SHAPE, their_name
 from model import Model, scaled
 
-checkpoint = "out/sft/best.pt"  # of pretrain.py or sft.py
+checkpoint = "out/sft/best.pt"  # of pretrain.py, sft.py or dpo.py
 tokenizer  = ""                 # empty: the one that the checkpoint names
 out        = "out/hf"           # a folder, or a file that ends in .gguf
 dtype      = "f32"              # of the weights: f32 | f16; in a GGUF file also q8_0, 8 bits each

@@ -90,7 +90,7 @@ def data(saved, tok):
 
 def samples(model, saved, tok):
     """Lines: what the model makes of each of the sample_prompts that it was watched with."""
-    is_chat, lines = saved["stage"] == "sft", []
+    is_chat, lines = saved["stage"] != "pretrain", []
     for prompt in filter(None, saved["constants"]["sample_prompts"].split("|")):
         ids = [tok.bos_id] + tok.encode(prompt)
         if is_chat:

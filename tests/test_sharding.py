@@ -145,12 +145,11 @@ def test_recomputing_changes_no_number_and_keeps_less(tok):
 
 
 @is_new
-@pytest.mark.parametrize("processes, arguments, says", [
-    (0, dict(shard="full"), "torchrun"), (0, dict(shard="some"), "choose optimizer or full"),
-    (2, dict(shard="full", batch_tokens=3 * 96), "2 processes cannot share a batch of 3")])
-def test_what_cannot_be_sharded_is_refused(settings, tmp_path, processes, arguments, says):
-    arguments = {**settings["pretrain"], "out_dir": tmp_path / "out", **arguments}
-    arguments = (f"--{name}={value}" for name, value in arguments.items())
-    done = run("pretrain.py", tmp_path, *arguments, torchrun=processes)
-    assert done.rc == 1 and says in done.err
-    assert not np.array(list(tmp_path.glob("out/*.pt"))).size
+@pytest.mark.parametrize("shard, n, batch, more, says", [
+    ("some", 2, 4, {}, "choose optimizer or full"), ("full", 1, 4, {}, "torchrun"),
+    ("full", 2, 3, {}, "2 processes cannot share a batch of 3"),
+    ("full", 2, 4, dict(compile="on"), "--compile=on"), ("full", 2, 4, dict(dtype="float16"), "float16")])
+def test_what_cannot_be_sharded_is_refused(shard, n, batch, more, says):
+    process = runtime.Process(0, 0, n, torch.device("cpu"))
+    with pytest.raises(SystemExit, match=says):
+        runtime.check_sharding(shard, **{"compile": "auto", "dtype": "float32", **more}, batch=batch, process=process)
