@@ -8,7 +8,6 @@ to the right one of the four is the finer score. All texts are ours and made bel
 antonyms, sums, idioms, ends of stories. Method: Gao et al. 2021, the lm-evaluation-harness.
 """
 import config                                  # before torch: sets how its threads wait
-import math
 import os
 from random import Random
 from statistics import fmean

@@ -8,10 +8,8 @@ import sys
 import tarfile
 
 import pytest
-import torch
 
 import checkpoints
-import tokenizer as tokenizers
 from conftest import QUESTIONS, ROOT, dialogue, story
 from model import Model, ModelConfig
 
