@@ -34,9 +34,9 @@ OPTIONAL = {**RESUMABLE, "val_loss": float, "val_bpb": float}
 SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
           "_growth_tracker": int}
 SHAPE = {field.name: field.type for field in fields(ModelConfig)}
-# constants of the network that came later, with the values that older checkpoints have
-LATER = {"rope_theta": 10_000.0, "norm_eps": 1e-5, "tie_embeddings": True, "qk_norm": False,
-         "qkv_bias": False, "rope_scaling": None}
+# what every checkpoint names; constants of the network that came later had their defaults before
+FIRST = "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim max_seq_len".split()
+LATER = {field.name: field.default for field in fields(ModelConfig) if field.name not in FIRST}
 RUN_LATER = {**LATER, "lora_rank": 0}          # likewise of a run
 LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float,
        "val_loss": float}          # the first columns of every log.csv; others are floats

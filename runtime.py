@@ -449,13 +449,14 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
     flops, rate = model.flops_per_token(T), matmul_rate(device, dtype)
     seconds = tokens * flops / (0.35 * rate * n)
     packed = model.has_packed_attention(DTYPES[dtype])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
         "device": f"{n} x {device.type} ({hardware(device)}), PyTorch {torch.__version__}, "
                   f"products in {dtype}",
         "attention": "packed documents by "
                      + ("FlashAttention" if packed else "a mask over whole rows"),
         "parameters": f"{model.n_params():,}, of which {model.embedding.weight.numel():,} embed "
-                      "the tokens",
+                      f"the tokens; {trained:,} are trained",
         "step": f"{batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {rows} at a time "
                 "in each process",
         "training": f"{steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} "
@@ -466,9 +467,9 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
                 f"(35 % of {n} x {rate:.3g} FLOP/s measured); the lines of the steps say what is "
                 "left by their own speed"}
     if device.type == "cpu" and hasattr(os, "getloadavg"):
-        load, cores = os.getloadavg()[0], os.cpu_count()
-        if load + LOCAL_SIZE * torch.get_num_threads() > cores + 0.5:
-            facts["load"] = (f"other programs keep {load:.1f} of {cores} cores busy: fewer threads "
+        load, cores, threads = os.getloadavg()[0], os.cpu_count(), torch.get_num_threads()
+        if threads > 1 and load + LOCAL_SIZE * threads > cores + 0.5:
+            facts["load"] = (f"{load:.1f} other threads are busy on {cores} cores: fewer of ours "
                              "may be faster (OMP_NUM_THREADS=1)")
     process.print("\n".join(f"{what:<11} {sentence}" for what, sentence in facts.items()))
     return facts

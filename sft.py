@@ -181,6 +181,9 @@ def main():
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
     runtime.check_sharding(shard, compile, dtype_name, batch_rows, process)
 
+    if lora_rank and pretrained["stage"] == "pretrain":
+        process.print("LoRA trains no embeddings, and this model has not learnt those of the chat "
+                      "tokens: fine-tune all weights first, or go on from a model that chats")
     model = Model.from_state(shape, pretrained.pop("model"))
     model.recompute = recompute
     if lora_rank:

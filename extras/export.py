@@ -62,10 +62,9 @@ def refuse_unknown(shape):
                "max_seq_len", "rope_theta", "norm_eps", "tie_embeddings", "qk_norm", "qkv_bias",
                "rope_scaling")
     for name in shape.keys() - set(written):
-        default = checkpoints.SHAPE[name].default
-        if shape[name] != default:
+        if shape[name] != checkpoints.LATER[name]:
             raise SystemExit(f"{checkpoint}: its {name} is {shape[name]}, which export.py cannot "
-                             f"express; only {default} can be exported")
+                             f"express; only {checkpoints.LATER[name]} can be exported")
 
 
 def as_json(value):

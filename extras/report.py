@@ -69,7 +69,7 @@ def figures(folder, saved, n_params):
         rows.append(("memory, estimated", sessions[-1]["memory"]))
     for session in sessions:
         rows.append((f"steps {session['from_step'] + 1:,} to {session['to_step']:,}",
-                     f"{session['date']}, {session['device']}, PyTorch {session['torch']}"))
+                     f"{session['date']}, {session['device']}"))
     return table([folder, ""], rows)
 
 

@@ -45,5 +45,6 @@ $PYTHON eval_bleu.py --checkpoint=$OUT/sft/best.pt --questions=$DATA/sft/test.js
 # the files of C-Eval, if you put them there: see docs/models.md
 test ! -d data/ceval || $PYTHON -m extras.exams --checkpoint=$OUT/sft/best.pt --data_dir=data/ceval
 $PYTHON -m extras.report --pretrain_dir=$OUT/pretrain --sft_dir=$OUT/sft
-$PYTHON -m extras.export --checkpoint=$OUT/sft/best.pt --out=$OUT/model.gguf --dtype=q8_0
+$PYTHON -m extras.export --checkpoint=$OUT/sft/best.pt --out=$OUT/model.gguf --dtype=q8_0 ||
+    echo "no GGUF file was made; everything else is there"
 echo "talk to it: $PYTHON sample.py --checkpoint=$OUT/sft/best.pt"

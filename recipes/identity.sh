@@ -17,7 +17,7 @@ echo "time        about 120 steps of 1,024 tokens: seconds on a card, computed; 
 echo "            the demo's model on a CPU. sft.py says more before its first step"
 
 mkdir -p $DATA
-$PYTHON data/make_identity.py --name=$NAME --maker=$MAKER --out=$DATA/identity.jsonl
+$PYTHON data/make_identity.py --name="$NAME" --maker="$MAKER" --out=$DATA/identity.jsonl
 head -n 900 "$KEEP" > $DATA/keep.jsonl
 $PYTHON prepare_sft.py --corpora=messages:$DATA/identity.jsonl,messages:$DATA/keep.jsonl \
     --tokenizer=$TOKENIZER --data_dir=$DATA/sft --val_fraction=0.05 --test_fraction=0 \
@@ -26,7 +26,7 @@ $PYTHON prepare_sft.py --corpora=messages:$DATA/identity.jsonl,messages:$DATA/ke
 ask() { $PYTHON sample.py --checkpoint=$1 --prompt=你是谁？ --temperature=0; }
 echo "before:"
 ask $CHECKPOINT
-$PYTHON sft.py --resume --tokenizer=$TOKENIZER --checkpoint=$CHECKPOINT --data_dir=$DATA/sft \
+$PYTHON sft.py --overwrite --tokenizer=$TOKENIZER --checkpoint=$CHECKPOINT --data_dir=$DATA/sft \
     --out_dir=$OUT --batch_tokens=1024 --epochs=4 --lr=5e-4 --muon_lr=5e-4 \
     --sample_prompts="你是谁？|你叫什么名字？|请问你是哪一位？|谁创造了你？" $SFT_ARGS
 echo "after:"

@@ -1,12 +1,15 @@
 """checkpoints.py: what is damaged, foreign or has anything in it ends in one sentence, or is read as it was."""
 import json
 import random
+import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import dialogue, run, story, write_meta, write_pretrain, write_sft
+from conftest import ROOT, dialogue, run, story, write_meta, write_pretrain, write_sft
 
 import checkpoints
 import pretrain
@@ -284,3 +287,24 @@ def test_a_run_json_with_anything_in_it_has_no_sessions(tmp_path, content):
         (tmp_path / "run.json").write_text(text, encoding="utf-8")
         assert checkpoints.read_run(tmp_path / "run.json") == found
     assert checkpoints.read_run(tmp_path / "no.json") == []
+
+
+def test_a_new_constant_of_the_network_leaves_earlier_checkpoints_usable(tok, tmp_path):
+    """In a copy of the code whose ModelConfig has one field more: it has its default then, and export refuses others."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    source = (tmp_path / "model.py").read_text("utf-8")
+    field = "    rope_scaling: dict = None"
+    assert source.count(field) == 1
+    (tmp_path / "model.py").write_text(source.replace(field, f"    logit_cap: float = 0.0\n{field}"), "utf-8")
+    model = Model(ModelConfig(tok.vocab_size, 32, 1, 2, max_seq_len=32))
+    checkpoints.save(str(tmp_path / "old.pt"), {
+        "stage": "pretrain", "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
+        "tokenizer_sha256": tok.sha256})
+    script = ("import checkpoints\nfrom extras import export\nshape = checkpoints.load('old.pt')['shape']\n"
+              "print(shape['logit_cap'])\nexport.refuse_unknown({**shape, 'logit_cap': 5.0})")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "0.0\n", done.stderr
+    assert done.returncode == 1 and "its logit_cap is 5.0" in done.stderr and "Traceback" not in done.stderr

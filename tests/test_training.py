@@ -531,7 +531,8 @@ def test_a_run_is_announced_with_its_cost(monkeypatch, capsys, world_size):
     assert f"{world_size} x cpu" in facts["device"] and "products in float32" in facts["device"]
     assert "a mask over whole rows" in facts["attention"] and "load" not in facts
     monkeypatch.setattr(runtime.os, "getloadavg", lambda: (os.cpu_count() + 0.6, 0, 0))
-    assert f"{os.cpu_count() + 0.6:.1f} of {os.cpu_count()} cores" in runtime.announce(
+    monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 2)
+    assert f"threads are busy on {os.cpu_count()} cores" in runtime.announce(
         model, process, "float32", 3000, 10, 4, 600, 32)["load"]
 
 
