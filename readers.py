@@ -443,7 +443,7 @@ def in_order(function, items, n_workers, begin, *arguments):
     waiting = deque()
     try:
         for item in items:
-            with ctrl_c_blocked():                    # workers inherit it when they start
+            with signals_blocked():                   # a worker that is starting must be whole
                 waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * n_workers:
                 yield waiting.popleft().result()
@@ -457,21 +457,23 @@ def in_order(function, items, n_workers, begin, *arguments):
 
 
 @contextmanager
-def ctrl_c_blocked():
-    """Postpone Ctrl-C; processes that start meanwhile never see it."""
+def signals_blocked():
+    """Postpone Ctrl-C and SIGTERM; processes that start meanwhile inherit that."""
     if os.name == "nt":
         yield
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
 
 
 def start_worker(begin, arguments):
-    """Prepare a worker, which ends when the main process is killed."""
+    """Prepare a worker, which ends when the main process is killed. It never sees Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # not inherited on Windows
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     main_process = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     begin(*arguments)
