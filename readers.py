@@ -443,12 +443,16 @@ def in_order(function, items, n_workers, begin, *arguments):
     waiting = deque()
     try:
         for item in items:
-            with signals_blocked():                   # a worker that is starting must be whole
+            with postponing():                        # it starts workers, one after the other
                 waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * n_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except (KeyboardInterrupt, GeneratorExit):            # nobody wants the rest
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     except BrokenProcessPool:
         raise SystemExit("a worker process died, most likely for want of memory; try a smaller "
                          f"--workers (it was {n_workers})") from None
@@ -456,24 +460,32 @@ def in_order(function, items, n_workers, begin, *arguments):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+received, postponed = [], False                       # signals; whether they wait, see postponing()
+
+
 @contextmanager
-def signals_blocked():
-    """Postpone Ctrl-C and SIGTERM; processes that start meanwhile inherit that."""
-    if os.name == "nt":
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+def postponing():
+    """Let Ctrl-C and SIGTERM wait: half-started workers would end in a traceback.
+
+    Workers inherit that Ctrl-C is blocked, and never see it.
+    """
+    global postponed
+    postponed = True
+    if os.name != "nt":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
+        postponed = False
+        if os.name != "nt":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if received:
+        raise KeyboardInterrupt
 
 
 def start_worker(begin, arguments):
-    """Prepare a worker, which ends when the main process is killed. It never sees Ctrl-C."""
+    """Prepare a worker, which ends when the main process is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # not inherited on Windows
-    if os.name != "nt":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     main_process = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
     begin(*arguments)
@@ -489,9 +501,10 @@ def interruptible(what):
         received.append(number)
         for each in signal.SIGINT, signal.SIGTERM:
             signal.signal(each, signal.SIG_IGN)       # a second Ctrl-C must not stop the clean-up
-        raise KeyboardInterrupt
+        if not postponed:
+            raise KeyboardInterrupt
 
-    received = []
+    received.clear()
     for number in signal.SIGINT, signal.SIGTERM:
         if signal.getsignal(number) != signal.SIG_IGN:                # nohup ignores SIGINT
             signal.signal(number, interrupt)

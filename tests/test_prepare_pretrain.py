@@ -348,7 +348,8 @@ def test_interrupted_leaves_what_was_there_and_runs_again(tmp_path, model, texts
     process.send_signal(kill)                                                # perhaps the user is impatient
     said = process.communicate(timeout=60)[1]
     assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
-    assert "Traceback" not in said and sorted(os.listdir(out)) == sorted(before)
+    assert kill == signal.SIGKILL or "Traceback" not in said     # a worker may lose its parent
+    assert sorted(os.listdir(out)) == sorted(before)
     assert kill == signal.SIGKILL or said.count("interrupted; ") == 1
     assert {name: (out / name).read_bytes() for name in before} == before
     assert prepare(f"text:{small}", model, out, "--val_fraction=0.1")[0] == 0
