@@ -204,6 +204,7 @@ async def answer(call, stops, chat, tok, worker):
             token, scores, end = await call.events.get()
             if end == "error":
                 raise Refused(500, "generation failed; the server's output says why")
+            call.n_read += 1
             scores = scores and (token, *scores, len(text))
             text += decoder.push(token) + (decoder.flush() if end else "")
             cuts = [at for at in map(text.find, stops) if at >= 0]
@@ -214,7 +215,7 @@ async def answer(call, stops, chat, tok, worker):
             said = until
     finally:                                   # the client may have gone in the middle of it
         worker.cancel(call)
-        log(f"{len(call.ids)} + {len(call.new)} tokens, {end or 'cancelled'}")
+        log(f"{len(call.ids)} + {call.n_read} tokens, {end or 'cancelled'}")
 
 
 def label(token, tok):
@@ -259,7 +260,7 @@ def choice(text, scores, end, chat, part, tok):
 
 
 def usage(call):
-    n_prompt, n_new = len(call.ids), len(call.new)
+    n_prompt, n_new = len(call.ids), call.n_read
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 

@@ -248,6 +248,21 @@ def test_the_space_that_sentencepiece_adds_stays_within_a_text(chat, expected):
     assert asyncio.run(read()) == [expected]
 
 
+def test_tokens_that_are_drawn_after_a_stop_string_are_not_counted():
+    """The batch goes on until it hears of the stop: how far is chance."""
+    tok = SimpleNamespace(piece=[b" once", b" upon"].__getitem__, dummy_space="")
+    call = Call([0], 9, (), None, set(), new=[0, 1, 0, 0])
+    for token in call.new:
+        call.events.put_nowait((token, None, None))
+
+    async def read():
+        parts = serve.answer(call, ["on"], True, tok, SimpleNamespace(cancel=lambda call: None))
+        return [text async for text, *_ in parts]
+
+    assert "".join(asyncio.run(read())) == " "
+    assert serve.usage(call)["completion_tokens"] == 1
+
+
 def test_models_are_listed(sft):
     assert [model.id for model in sft.client.models.list()] == ["tiny"]
     assert sft.client.models.retrieve("tiny").stage == "sft"
