@@ -95,6 +95,8 @@ async def read_body(request):
         body = None
     if not isinstance(body, dict):
         raise Refused(400, "the request is not a JSON object")
+    if body.get("stream") not in (None, True, False):
+        raise Refused(400, "stream must be true or false")
     for name, neutral in UNSUPPORTED.items():
         if body.get(name) not in (None, neutral):
             raise Refused(400, f"{name} is not supported by this server; leave it out")
@@ -140,9 +142,12 @@ def read_prompt(body, chat, stage, tok):
         except SystemExit:                     # its vocabulary has a template that is not known
             raise Refused(400, "this model's chat template is not known here; it can continue "
                                "text, at /v1/completions") from None
-    if not isinstance(body.get("prompt"), str):
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:          # LangChain sends lists of texts
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
         raise Refused(400, "prompt must be one string")
-    return [tok.bos_id] + tok.encode(body["prompt"])
+    return [tok.bos_id] + tok.encode(prompt)
 
 
 def read_stops(body):
@@ -151,6 +156,8 @@ def read_stops(body):
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise Refused(400, "stop must be a string or a list of strings")
+    if len(stops) > 16:                        # each is looked for after every token
+        raise Refused(400, "stop may have at most 16 strings")
     return stops
 
 
@@ -298,7 +305,7 @@ async def whole(parts, head, call, chat, tok):
 
 async def complete(request):
     """POST /v1/chat/completions and /v1/completions."""
-    state, chat = request.app.state, request.url.path == "/v1/chat/completions"
+    state, chat = request.app.state, request.scope["path"].startswith("/v1/chat/")
     try:
         body = await asyncio.wait_for(read_body(request), timeout=30)
     except (asyncio.TimeoutError, ClientDisconnect):
@@ -367,7 +374,7 @@ def problem(scope):
         return Refused(403, "without an API key this server is called 127.0.0.1 or localhost only")
     if origin is not None and origin.lower() not in (f"http://{address}", f"https://{address}"):
         return Refused(403, "requests of other web pages are refused")
-    given = headers.get("authorization", "").removeprefix("Bearer ")
+    given = re.sub("^bearer +", "", headers.get("authorization", ""), flags=re.I)
     right = hmac.compare_digest(given.encode(), api_key.encode()) or not api_key
     if not right and scope["path"] != "/":
         return Refused(401, "the API key is missing or wrong", "invalid_api_key")

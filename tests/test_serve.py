@@ -190,7 +190,7 @@ def test_a_chat_answer_is_that_of_sample_py(sft, saved, tok, sample_says, how):
 def test_a_continuation_is_that_of_sample_py(pretrained, saved, sample_says, how):
     said = sample_says(saved.pretrain, "从前，小猫", **how)
     choice = pretrained.go_on(prompt="从前，小猫", max_tokens=25, logprobs=3, **how).choices[0]
-    parts = list(pretrained.go_on(prompt="从前，小猫", max_tokens=25, stream=True, **how))
+    parts = list(pretrained.go_on(prompt=["从前，小猫"], max_tokens=25, stream=True, **how))
     assert said == "从前，小猫" + choice.text
     assert "".join(part.choices[0].text for part in parts) == choice.text
     scores = choice.logprobs
@@ -285,7 +285,8 @@ def test_what_other_clients_send_is_understood(sft):
 FIELDS = ['"temperature": -1', '"temperature": NaN', '"temperature": "hot"', '"top_p": 0',
           '"top_p": true', '"top_k": -1', '"repetition_penalty": 1e9', '"max_tokens": 0',
           '"max_tokens": 1.5', '"seed": -1', '"seed": 99999999999999999999', '"logprobs": 21',
-          '"stop": [1]', '"stop": [""]', '"n": 2', '"echo": true', '"best_of": 3',
+          '"stop": [1]', '"stop": [""]', '"stop": ["a"' + ', "a"' * 16 + ']',
+          '"stream": "false"', '"n": 2', '"echo": true', '"best_of": 3',
           '"frequency_penalty": 0.5', '"logit_bias": {"5": 100}', '"prompt": ["a", "b"]']
 MESSAGES = ['', '3', '{"role": "tool", "content": "a"}', '{"role": ["user"], "content": "a"}',
             '{"role": "user"}', '{"role": "user", "content": [{"type": "image_url"}]}']
@@ -476,6 +477,8 @@ def test_a_key_is_asked_for(saved):
     with serving(saved, api_key="secret") as site:
         assert [model.id for model in site.client.models.list()] == ["tiny"]
         assert request(site, "GET", "/", headers={"Host": "my.server"})[0] == 200
+        lower = {"Authorization": "bearer secret"}
+        assert request(site, "GET", "/v1/models", headers=lower)[0] == 200
         for key in "secre", "secrets", "", "sécret":
             headers = {"Authorization": f"Bearer {key}"}
             assert request(site, "GET", "/v1/models", headers=headers)[0] == 401
