@@ -648,6 +648,45 @@ def test_the_page_says_what_sample_py_says_and_shows_the_odds(browser, sft, save
     assert percent == pytest.approx([100 * math.exp(log_p) for log_p in expected], abs=0.06)
 
 
+def test_opening_the_conversation_that_is_being_answered_keeps_its_answer(browser, sft, gate):
+    with opened(browser, sft, locale="en-US") as page:
+        page.click("#gear")
+        page.fill("#seed", "5")
+        page.click("#gear")
+        ask(page, "你是谁？")
+        page.wait_for_function(LONGER, arg=0)
+        page.click("#list .title")
+        assert gate.calls[0].gone.wait(30)
+        gate.steps.release(1)
+        page.locator("#send").wait_for()
+        assert len(texts(page)) == 2
+
+
+BROKEN = "localStorage['model.chat.1'] = '{'; localStorage['model.settings'] = '{'"
+FORBIDDEN = "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no') } })"
+FULL = """for (let i = 0, n = 2 ** 22; n >= 1; i += 1) {
+    try { localStorage[i] = 'x'.repeat(n) } catch { n /= 2 }
+}"""
+
+
+@pytest.mark.parametrize("storage", [BROKEN, FORBIDDEN, FULL])
+def test_the_page_works_where_the_browser_cannot_store(browser, sft, storage):
+    context = browser.new_context(locale="en-US")
+    context.add_init_script(storage)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{sft.port}/")
+    page.locator("#empty").wait_for()
+    page.click("#language")
+    assert page.inner_text("#send") == "发送"
+    page.click("#gear")
+    page.fill("#max_tokens", "9")
+    page.press("#max_tokens", "Escape")
+    ask(page, "你是谁？")
+    page.locator(".tokens").wait_for()
+    assert len(texts(page)) == 2
+    context.close()
+
+
 def test_nothing_that_a_model_says_becomes_html(browser, sft):
     evil = "<img src=x onerror='window.evil=1'><script>window.evil=1</script>"
     top = [{"token": evil, "logprob": -0.1}, {"token": evil + "!", "logprob": -3}]
