@@ -271,11 +271,13 @@ def usage(call):
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 
+def event(data):
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
 async def events(parts, head, call, chat, tok, with_usage):
     """The server-sent events of a streamed answer."""
-    def event(data):
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
     if chat:
         first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         yield event({**head, "choices": [first]})
@@ -394,13 +396,24 @@ def guarded(app, page):
             "cache-control": "no-store"}
 
     async def call(scope, receive, send):
+        started = False
+
         async def send_with_headers(message):
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] += [(k.encode(), v.encode()) for k, v in more.items()]
             await send(message)
 
         refused = scope["type"] == "http" and problem(scope)
-        await (refused.response() if refused else app)(scope, receive, send_with_headers)
+        try:
+            await (refused.response() if refused else app)(scope, receive, send_with_headers)
+        except asyncio.CancelledError:         # Ctrl-C, and the answer is not ready
+            error = Refused(503, "the server was stopped")
+            if started:
+                await send({"type": "http.response.body", "body": event(error.content()).encode()})
+            else:
+                await error.response()(scope, receive, send_with_headers)
 
     return call
 

@@ -447,6 +447,32 @@ def test_a_failed_step_is_told_and_the_next_request_works(sft, monkeypatch, stre
     assert sft.chat(max_tokens=5, temperature=0).usage.completion_tokens == 5
 
 
+def test_the_end_of_the_server_is_told_to_those_who_wait_for_an_answer(saved, gate, monkeypatch, capsys):
+    end = Worker.end
+
+    def ask(streamed):
+        gate.came.clear()
+        body = json.dumps({"messages": QUESTION, "stream": streamed, "temperature": 0})
+        asked = pool.submit(request, site, "POST", CHAT, body)
+        assert gate.came.wait(30)
+        return asked
+
+    def open_gate_and_end(worker):
+        gate.steps.release(999)
+        end(worker)
+
+    monkeypatch.setattr(Worker, "end", open_gate_and_end)
+    with ThreadPoolExecutor(2) as pool:
+        with serving(saved) as site:
+            whole, stream = ask(False), ask(True)
+        status, _, reply = whole.result(30)
+        assert status == 503
+        assert json.loads(reply)["error"]["message"] == "the server was stopped"
+        last = stream.result(30)[2].decode().strip().split("data: ")[-1]
+        assert json.loads(last)["error"]["message"] == "the server was stopped"
+    assert "Traceback" not in capsys.readouterr().err
+
+
 # ---- who may come in
 
 def test_other_web_pages_and_names_are_refused(sft):
