@@ -17,7 +17,7 @@ import re
 import socket
 import time
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -409,6 +409,8 @@ def guarded(app, page):
         try:
             await (refused.response() if refused else app)(scope, receive, send_with_headers)
         except asyncio.CancelledError:         # Ctrl-C, and the answer is not ready
+            if scope["type"] != "http":
+                raise
             error = Refused(503, "the server was stopped")
             if started:
                 await send({"type": "http.response.body", "body": event(error.content()).encode()})
@@ -426,7 +428,8 @@ def application(model, tok, stage, name):
     async def lifespan(app):
         app.state.worker = Worker(model, max_batch, max_queue)
         app.state.worker.start()
-        yield
+        with suppress(asyncio.CancelledError):                 # a second Ctrl-C
+            yield
         app.state.worker.end()
 
     async def index(request):

@@ -447,7 +447,7 @@ def test_a_failed_step_is_told_and_the_next_request_works(sft, monkeypatch, stre
     assert sft.chat(max_tokens=5, temperature=0).usage.completion_tokens == 5
 
 
-def test_the_end_of_the_server_is_told_to_those_who_wait_for_an_answer(saved, gate, monkeypatch, capsys):
+def test_the_end_of_the_server_is_told_to_those_who_wait(saved, gate, monkeypatch, capsys):
     end = Worker.end
 
     def ask(streamed):
