@@ -154,11 +154,11 @@ def read_stops(body):
     """The strings at which the answer ends, other than where the model ends it."""
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise Refused(400, "stop must be a string or a list of strings")
     if len(stops) > 16:                        # each is looked for after every token
         raise Refused(400, "stop may have at most 16 strings")
-    return stops
+    return [stop for stop in stops if stop]    # FastGPT sends [""] for none
 
 
 def read_call(body, chat, state):
