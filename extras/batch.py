@@ -29,6 +29,7 @@ class Call:
     new: list = field(default_factory=list)    # the tokens drawn so far
     cancelled: bool = False
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    n_read: int = 0                            # events that the asker has taken: a token each
     pad: int = 0                               # places in its row of the cache before its prompt
     seen: torch.Tensor = None                  # (1, V) bool, as choose() takes it
     began: float = 0.0

@@ -17,7 +17,7 @@ import re
 import socket
 import time
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -95,6 +95,8 @@ async def read_body(request):
         body = None
     if not isinstance(body, dict):
         raise Refused(400, "the request is not a JSON object")
+    if body.get("stream") not in (None, True, False):
+        raise Refused(400, "stream must be true or false")
     for name, neutral in UNSUPPORTED.items():
         if body.get(name) not in (None, neutral):
             raise Refused(400, f"{name} is not supported by this server; leave it out")
@@ -140,18 +142,23 @@ def read_prompt(body, chat, stage, tok):
         except SystemExit:                     # its vocabulary has a template that is not known
             raise Refused(400, "this model's chat template is not known here; it can continue "
                                "text, at /v1/completions") from None
-    if not isinstance(body.get("prompt"), str):
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:          # LangChain sends lists of texts
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
         raise Refused(400, "prompt must be one string")
-    return [tok.bos_id] + tok.encode(body["prompt"])
+    return [tok.bos_id] + tok.encode(prompt)
 
 
 def read_stops(body):
     """The strings at which the answer ends, other than where the model ends it."""
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise Refused(400, "stop must be a string or a list of strings")
-    return stops
+    if len(stops) > 16:                        # each is looked for after every token
+        raise Refused(400, "stop may have at most 16 strings")
+    return [stop for stop in stops if stop]    # FastGPT sends [""] for none
 
 
 def read_call(body, chat, state):
@@ -204,6 +211,7 @@ async def answer(call, stops, chat, tok, worker):
             token, scores, end = await call.events.get()
             if end == "error":
                 raise Refused(500, "generation failed; the server's output says why")
+            call.n_read += 1
             scores = scores and (token, *scores, len(text))
             text += decoder.push(token) + (decoder.flush() if end else "")
             cuts = [at for at in map(text.find, stops) if at >= 0]
@@ -214,7 +222,7 @@ async def answer(call, stops, chat, tok, worker):
             said = until
     finally:                                   # the client may have gone in the middle of it
         worker.cancel(call)
-        log(f"{len(call.ids)} + {len(call.new)} tokens, {end or 'cancelled'}")
+        log(f"{len(call.ids)} + {call.n_read} tokens, {end or 'cancelled'}")
 
 
 def label(token, tok):
@@ -259,15 +267,17 @@ def choice(text, scores, end, chat, part, tok):
 
 
 def usage(call):
-    n_prompt, n_new = len(call.ids), len(call.new)
+    n_prompt, n_new = len(call.ids), call.n_read
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+
+
+def event(data):
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 async def events(parts, head, call, chat, tok, with_usage):
     """The server-sent events of a streamed answer."""
-    def event(data):
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
     if chat:
         first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         yield event({**head, "choices": [first]})
@@ -297,7 +307,7 @@ async def whole(parts, head, call, chat, tok):
 
 async def complete(request):
     """POST /v1/chat/completions and /v1/completions."""
-    state, chat = request.app.state, request.url.path == "/v1/chat/completions"
+    state, chat = request.app.state, request.scope["path"].startswith("/v1/chat/")
     try:
         body = await asyncio.wait_for(read_body(request), timeout=30)
     except (asyncio.TimeoutError, ClientDisconnect):
@@ -366,7 +376,7 @@ def problem(scope):
         return Refused(403, "without an API key this server is called 127.0.0.1 or localhost only")
     if origin is not None and origin.lower() not in (f"http://{address}", f"https://{address}"):
         return Refused(403, "requests of other web pages are refused")
-    given = headers.get("authorization", "").removeprefix("Bearer ")
+    given = re.sub("^bearer +", "", headers.get("authorization", ""), flags=re.I)
     right = hmac.compare_digest(given.encode(), api_key.encode()) or not api_key
     if not right and scope["path"] != "/":
         return Refused(401, "the API key is missing or wrong", "invalid_api_key")
@@ -386,13 +396,26 @@ def guarded(app, page):
             "cache-control": "no-store"}
 
     async def call(scope, receive, send):
+        started = False
+
         async def send_with_headers(message):
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] += [(k.encode(), v.encode()) for k, v in more.items()]
             await send(message)
 
         refused = scope["type"] == "http" and problem(scope)
-        await (refused.response() if refused else app)(scope, receive, send_with_headers)
+        try:
+            await (refused.response() if refused else app)(scope, receive, send_with_headers)
+        except asyncio.CancelledError:         # Ctrl-C, and the answer is not ready
+            if scope["type"] != "http":
+                raise
+            error = Refused(503, "the server was stopped")
+            if started:
+                await send({"type": "http.response.body", "body": event(error.content()).encode()})
+            else:
+                await error.response()(scope, receive, send_with_headers)
 
     return call
 
@@ -405,7 +428,8 @@ def application(model, tok, stage, name):
     async def lifespan(app):
         app.state.worker = Worker(model, max_batch, max_queue)
         app.state.worker.start()
-        yield
+        with suppress(asyncio.CancelledError):                 # a second Ctrl-C
+            yield
         app.state.worker.end()
 
     async def index(request):

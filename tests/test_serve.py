@@ -190,7 +190,7 @@ def test_a_chat_answer_is_that_of_sample_py(sft, saved, tok, sample_says, how):
 def test_a_continuation_is_that_of_sample_py(pretrained, saved, sample_says, how):
     said = sample_says(saved.pretrain, "从前，小猫", **how)
     choice = pretrained.go_on(prompt="从前，小猫", max_tokens=25, logprobs=3, **how).choices[0]
-    parts = list(pretrained.go_on(prompt="从前，小猫", max_tokens=25, stream=True, **how))
+    parts = list(pretrained.go_on(prompt=["从前，小猫"], max_tokens=25, stream=True, **how))
     assert said == "从前，小猫" + choice.text
     assert "".join(part.choices[0].text for part in parts) == choice.text
     scores = choice.logprobs
@@ -248,6 +248,21 @@ def test_the_space_that_sentencepiece_adds_stays_within_a_text(chat, expected):
     assert asyncio.run(read()) == [expected]
 
 
+def test_tokens_that_are_drawn_after_a_stop_string_are_not_counted():
+    """The batch goes on until it hears of the stop: how far is chance."""
+    tok = SimpleNamespace(piece=[b" once", b" upon"].__getitem__, dummy_space="")
+    call = Call([0], 9, (), None, set(), new=[0, 1, 0, 0])
+    for token in call.new:
+        call.events.put_nowait((token, None, None))
+
+    async def read():
+        parts = serve.answer(call, ["on"], True, tok, SimpleNamespace(cancel=lambda call: None))
+        return [text async for text, *_ in parts]
+
+    assert "".join(asyncio.run(read())) == " "
+    assert serve.usage(call)["completion_tokens"] == 1
+
+
 def test_models_are_listed(sft):
     assert [model.id for model in sft.client.models.list()] == ["tiny"]
     assert sft.client.models.retrieve("tiny").stage == "sft"
@@ -260,7 +275,7 @@ def test_what_other_clients_send_is_understood(sft):
     parts = [{"type": "text", "text": "你是"}, {"type": "text", "text": "谁？"}]
     sent = [{"role": "system", "content": "简短。"}, {"role": "user", "content": parts}]
     plain = [{"role": "developer", "content": "简短。"}, *QUESTION]
-    neutral = dict(n=1, frequency_penalty=0, presence_penalty=0, stop=None, user="u", tools=[],
+    neutral = dict(n=1, frequency_penalty=0, presence_penalty=0, stop=[""], user="u", tools=[],
                    response_format={"type": "text"}, extra_body={"chat_id": "1"})
     said = sft.chat(messages=sent, temperature=0, max_tokens=12, **neutral)
     expected = sft.chat(messages=plain, temperature=0, max_tokens=12)
@@ -270,7 +285,8 @@ def test_what_other_clients_send_is_understood(sft):
 FIELDS = ['"temperature": -1', '"temperature": NaN', '"temperature": "hot"', '"top_p": 0',
           '"top_p": true', '"top_k": -1', '"repetition_penalty": 1e9', '"max_tokens": 0',
           '"max_tokens": 1.5', '"seed": -1', '"seed": 99999999999999999999', '"logprobs": 21',
-          '"stop": [1]', '"stop": [""]', '"n": 2', '"echo": true', '"best_of": 3',
+          '"stop": [1]', '"stop": ["a"' + ', "a"' * 16 + ']',
+          '"stream": "false"', '"n": 2', '"echo": true', '"best_of": 3',
           '"frequency_penalty": 0.5', '"logit_bias": {"5": 100}', '"prompt": ["a", "b"]']
 MESSAGES = ['', '3', '{"role": "tool", "content": "a"}', '{"role": ["user"], "content": "a"}',
             '{"role": "user"}', '{"role": "user", "content": [{"type": "image_url"}]}']
@@ -431,6 +447,32 @@ def test_a_failed_step_is_told_and_the_next_request_works(sft, monkeypatch, stre
     assert sft.chat(max_tokens=5, temperature=0).usage.completion_tokens == 5
 
 
+def test_the_end_of_the_server_is_told_to_those_who_wait(saved, gate, monkeypatch, capsys):
+    end = Worker.end
+
+    def ask(streamed):
+        gate.came.clear()
+        body = json.dumps({"messages": QUESTION, "stream": streamed, "temperature": 0})
+        asked = pool.submit(request, site, "POST", CHAT, body)
+        assert gate.came.wait(30)
+        return asked
+
+    def open_gate_and_end(worker):
+        gate.steps.release(999)
+        end(worker)
+
+    monkeypatch.setattr(Worker, "end", open_gate_and_end)
+    with ThreadPoolExecutor(2) as pool:
+        with serving(saved) as site:
+            whole, stream = ask(False), ask(True)
+        status, _, reply = whole.result(30)
+        assert status == 503
+        assert json.loads(reply)["error"]["message"] == "the server was stopped"
+        last = stream.result(30)[2].decode().strip().split("data: ")[-1]
+        assert json.loads(last)["error"]["message"] == "the server was stopped"
+    assert "Traceback" not in capsys.readouterr().err
+
+
 # ---- who may come in
 
 def test_other_web_pages_and_names_are_refused(sft):
@@ -461,6 +503,8 @@ def test_a_key_is_asked_for(saved):
     with serving(saved, api_key="secret") as site:
         assert [model.id for model in site.client.models.list()] == ["tiny"]
         assert request(site, "GET", "/", headers={"Host": "my.server"})[0] == 200
+        lower = {"Authorization": "bearer secret"}
+        assert request(site, "GET", "/v1/models", headers=lower)[0] == 200
         for key in "secre", "secrets", "", "sécret":
             headers = {"Authorization": f"Bearer {key}"}
             assert request(site, "GET", "/v1/models", headers=headers)[0] == 401
@@ -628,6 +672,45 @@ def test_the_page_says_what_sample_py_says_and_shows_the_odds(browser, sft, save
         assert texts(page)[1] == sample_says(saved.sft, "你是谁？", **DRAWN)
     percent = [float(text.split()[0]) for text in shown]
     assert percent == pytest.approx([100 * math.exp(log_p) for log_p in expected], abs=0.06)
+
+
+def test_opening_the_conversation_that_is_being_answered_keeps_its_answer(browser, sft, gate):
+    with opened(browser, sft, locale="en-US") as page:
+        page.click("#gear")
+        page.fill("#seed", "5")
+        page.click("#gear")
+        ask(page, "你是谁？")
+        page.wait_for_function(LONGER, arg=0)
+        page.click("#list .title")
+        assert gate.calls[0].gone.wait(30)
+        gate.steps.release(1)
+        page.locator("#send").wait_for()
+        assert len(texts(page)) == 2
+
+
+BROKEN = "localStorage['model.chat.1'] = '{'; localStorage['model.settings'] = '{'"
+FORBIDDEN = "Object.defineProperty(window, 'localStorage', { get() { throw new Error('no') } })"
+FULL = """for (let i = 0, n = 2 ** 22; n >= 1; i += 1) {
+    try { localStorage[i] = 'x'.repeat(n) } catch { n /= 2 }
+}"""
+
+
+@pytest.mark.parametrize("storage", [BROKEN, FORBIDDEN, FULL])
+def test_the_page_works_where_the_browser_cannot_store(browser, sft, storage):
+    context = browser.new_context(locale="en-US")
+    context.add_init_script(storage)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{sft.port}/")
+    page.locator("#empty").wait_for()
+    page.click("#language")
+    assert page.inner_text("#send") == "发送"
+    page.click("#gear")
+    page.fill("#max_tokens", "9")
+    page.press("#max_tokens", "Escape")
+    ask(page, "你是谁？")
+    page.locator(".tokens").wait_for()
+    assert len(texts(page)) == 2
+    context.close()
 
 
 def test_nothing_that_a_model_says_becomes_html(browser, sft):
