@@ -312,11 +312,11 @@ def main():
     tok.prompt([])                             # refuses a chat template that is not known
     inputs = sources(corpora, TABLE)
     pairs = {name in PREFERENCE for _, name, _ in inputs}
-    if True in pairs and data_dir == "data/sft":
-        raise SystemExit(f"{corpora}: preferences go to a folder of their own: --data_dir=data/dpo")
     if len(pairs) == 2:
         raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
                          "--data_dir of its own")
+    if pairs == {True} and data_dir == "data/sft":
+        raise SystemExit(f"{corpora}: preferences go to a folder of their own: --data_dir=data/dpo")
     names = "examples", "tokens", "targets", "longest", "shortened", "augmented"
     figures = dict.fromkeys(names, 0)
     by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}

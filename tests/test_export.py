@@ -2,7 +2,6 @@
 import json
 import random
 import sys
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -336,7 +335,7 @@ def test_what_no_one_else_computes_is_refused_and_nothing_written(exported, tmp_
 
 
 def test_a_field_that_export_does_not_know_must_have_its_default(tok, monkeypatch):
-    monkeypatch.setitem(checkpoints.SHAPE, "logit_cap", SimpleNamespace(default=0.0))
+    monkeypatch.setitem(checkpoints.LATER, "logit_cap", 0.0)
     shape = vars(ModelConfig(tok.vocab_size, dim=32, n_layers=1, n_heads=2))
     assert export.architecture({**shape, "logit_cap": 0.0}) == "Llama"
     with pytest.raises(SystemExit, match="logit_cap is 5.0"):
