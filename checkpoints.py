@@ -240,6 +240,14 @@ def fingerprint(path):
     return digest.hexdigest()[:8]
 
 
+def load_for(path, tok):
+    """The checkpoint of load(); SystemExit if it was trained with another tokenizer than tok."""
+    saved = load(path)
+    if saved["tokenizer_sha256"] != tok.sha256:
+        raise SystemExit(f"{path} was trained with {saved['tokenizer']}, which is not {tok.name}")
+    return saved
+
+
 def load_with_tokenizer(path, tokenizer=""):
     """The checkpoint of load() and its tokenizer: at `tokenizer`, or where the checkpoint says.
 

@@ -410,8 +410,8 @@ def sources(spec, table):
     for part in filter(None, map(str.strip, re.split(r",(?=\s*\w+:|\s*$)", spec))):
         name, colon, path = part.partition(":")
         if not colon and files_at(part):
-            raise SystemExit(f"corpora: {part}: say what it is: NAME:{part}; python corpora.py lists "
-                             f"the names, here {', '.join(list(table)[:3])} and others")
+            raise SystemExit(f"corpora: {part}: say what it is: NAME:{part}; python corpora.py "
+                             f"lists the names, here {', '.join(list(table)[:3])} and others")
         if name not in table or not path:
             near = difflib.get_close_matches(name, table, n=1)
             hint = f"; perhaps {near[0]}:{path}" if near and near[0] != name else ""

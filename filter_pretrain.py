@@ -21,14 +21,13 @@ import os
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
 import corpora
 import runtime
 import tokenizer as tokenizers
-from model import Model
+from model import IGNORE
 from readers import interruptible
 
 data_dir     = "data/pretrain"         # the bins of prepare_pretrain.py; they are only read
@@ -39,7 +38,7 @@ good         = ""                      # or by likeness to these texts, name:pat
 other        = ""                      # rather than these; some thousands of each are enough
 drop_low     = 0.1                     # share of the documents, those with the lowest scores
 drop_high    = 0.0                     # share of the documents, those with the highest scores
-batch_tokens = 4_096                   # scored at a time: 10 bytes x vocabulary of memory for each
+batch_tokens = 4_096                   # scored at a time
 device       = "auto"                  # auto | cuda | mps | cpu
 dtype        = "auto"                  # auto (bfloat16 where fast) | bfloat16 | float16 | float32
 config.override(globals())
@@ -61,16 +60,17 @@ def token_bits(model, ids, tok):
     A document that goes on in the next row starts there without its context.
     """
     T = model.config.max_seq_len
-    x = np.pad(ids[:-1], (0, -(len(ids) - 1) % T))          # whole rows
+    n = len(ids) - 1
+    x = np.pad(ids[:-1], (0, -n % T))                       # whole rows
+    y = np.pad(ids[1:], (0, -n % T), constant_values=IGNORE)
     is_start = x == tok.eos_id
     x[is_start] = tok.bos_id                                # as pretrain.py has it
     is_start[::T] = True
     cu_seqlens = np.append(np.flatnonzero(is_start), len(x))
     x, y, cu_seqlens = (
         runtime.to_device(a, model.norm.weight.device)
-        for a in (x.reshape(-1, T), ids[1:], cu_seqlens.astype(np.int32)))
-    logits = model(x, cu_seqlens=cu_seqlens).flatten(0, 1)
-    nats = F.cross_entropy(logits[:len(y)].float(), y, reduction="none")
+        for a in (x.reshape(-1, T), y.reshape(-1, T), cu_seqlens.astype(np.int32)))
+    nats = model(x, y, cu_seqlens, per_token=True).flatten()[:n]
     return nats.cpu().numpy() / math.log(2)
 
 
@@ -100,10 +100,7 @@ def scorer(tok):
     if not checkpoint:
         weights = log_shares(good, tok) - log_shares(other, tok)
         return "likeness", lambda ids: weights[buckets(ids)].sum(0)
-    saved, _ = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
-    where = runtime.start(device).device
-    kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved["model"]).to(where, kind)
+    model, _, _ = runtime.load_model(checkpoint, tokenizer, device, dtype)
     return "bits per byte", lambda ids: token_bits(model, ids, tok)
 
 
@@ -153,10 +150,9 @@ def main():
         raise SystemExit(f"--out_dir={out_dir}: the same as data_dir; name another folder")
     tok = tokenizers.load(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, MADE_BY)
-    kind = meta.get("dtype", "uint16")
     train, val = (
-        checkpoints.open_bin(f"{data_dir}/{part}.bin", kind, meta[part]["tokens"],
-                             meta, MADE_BY, tok.vocab_size)
+        checkpoints.open_tokens(f"{data_dir}/{part}.bin", meta[part]["tokens"],
+                                meta, MADE_BY, tok.vocab_size)
         for part in ("train", "val"))
     measure, value = scorer(tok)
 

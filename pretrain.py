@@ -164,10 +164,7 @@ def main():
         raise SystemExit(f"{data_dir}: {n_rows} rows to train on, {n_val_rows} to validate on, "
                          f"epochs is {epochs}: none of them may be 0; {made_by} with "
                          "more text, or a larger val_fraction")
-    pretrained = checkpoints.load(init_from) if init_from else None
-    if pretrained and pretrained["tokenizer_sha256"] != tok.sha256:
-        raise SystemExit(f"{init_from} was trained with {pretrained['tokenizer']}, which is not "
-                         f"{tokenizer}")
+    pretrained = checkpoints.load_for(init_from, tok) if init_from else None
     try:
         shape = continued(pretrained["shape"]) if pretrained else ModelConfig(
             tok.vocab_size, dim, n_layers, n_heads, n_kv_heads, 0, hidden_dim, max_seq_len,

@@ -545,7 +545,7 @@ def even_rounds(n_rows, past_the_end, micro_batch, process):
 def clip_gradient(model, largest):
     """Scale the gradient down to this norm where it is larger; returns the norm that it had."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    return (norm.full_tensor() if sharding.is_cut(norm) else norm).item()
 
 
 @torch.no_grad()

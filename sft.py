@@ -154,10 +154,7 @@ def main():
     made_by = "prepare_sft.py"
     tok = load_tokenizer(tokenizer)
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, made_by)
-    pretrained = checkpoints.load(checkpoint)
-    if pretrained["tokenizer_sha256"] != tok.sha256:
-        raise SystemExit(f"{checkpoint} was trained with {pretrained['tokenizer']}, which is not "
-                         f"{tokenizer}")
+    pretrained = checkpoints.load_for(checkpoint, tok)
     shape = pretrained["shape"]
     max_seq_len = max_seq_len or shape["max_seq_len"]
     if max_seq_len > shape["max_seq_len"]:

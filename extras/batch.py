@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model import CACHE_STEP, choose, empty_caches
+from model import CACHE_STEP, cache_mask, choose, empty_caches
 
 
 @dataclass(eq=False)
@@ -79,10 +79,10 @@ class Batch:
         pad = torch.tensor([[call.pad] for call in calls], device=x.device)       # (B, 1)
         slots = self.place[self.slot - x.shape[1]:self.slot]                      # (T,)
         place = self.place[:CACHE_STEP * math.ceil(self.slot / CACHE_STEP)]
-        mask = (place <= slots[:, None]) & (place >= pad[:, None])                # (B, T, places)
+        mask = cache_mask(place, slots, pad[:, 0])                       # (B, 1, T, places)
         rope = self.model.rope[:, slots - pad]                                    # (2, B, T, 1, D)
         caches = [(keys[rows], values[rows], slots) for keys, values in self.caches]
-        return self.model.next_logits(x, rope, mask[:, None], caches)
+        return self.model.next_logits(x, rope, mask, caches)
 
     def draw(self, calls, logits):
         """Draw a token for each of the calls from the scores (B, V), and dismiss those that end.

@@ -17,7 +17,6 @@ import torch
 import checkpoints
 import runtime
 from extras.exams import score, standard_error
-from model import Model
 
 checkpoint  = "out/pretrain/best.pt"  # of pretrain.py or sft.py; read as text, without a template
 tokenizer   = ""                      # empty: the one that the checkpoint names
@@ -115,10 +114,7 @@ def main():
     config.check_range(1, n_questions=n_questions, batch_size=batch_size)
     page = out or os.path.join(os.path.dirname(checkpoint), "endings.md")
     config.check_output("out", page)
-    saved, tok = checkpoints.load_with_tokenizer(checkpoint, tokenizer)
-    where = runtime.start(device).device
-    kind = getattr(torch, runtime.precision(where, dtype)[0])
-    model = Model.from_state(saved["shape"], saved["model"]).to(where, kind).eval()
+    model, tok, _ = runtime.load_model(checkpoint, tokenizer, device, dtype)
 
     shares, means, n = [], [], 0
     lines = ["| set | questions | right, % | probability of the right one, % |",

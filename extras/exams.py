@@ -20,14 +20,13 @@ import os
 from glob import escape, glob
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
 import readers
 import runtime
 from extras.subjects import SUBJECTS
-from model import empty_caches, loss_rows
+from model import empty_caches
 
 checkpoint  = "out/sft/best.pt"  # of sft.py: it gets a dialogue; of pretrain.py: a text to continue
 tokenizer   = ""                 # empty: the one that the checkpoint names
@@ -283,7 +282,7 @@ def score(model, prefix, prompts, answers, batch_size):
         h = model.hidden(x, model.rope[:, positions], mask, caches)                  # (B, T, C)
         h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])            # (answer tokens, C)
         y = [id for i in batch for answer in answers[i] for id in answer]
-        log_p = iter(log_likelihoods(model, h, torch.tensor(y, device=device)))
+        log_p = iter((-model.token_nats(h, torch.tensor(y, device=device))).tolist())
         for i in batch:
             scores[i] = [sum(next(log_p) for _ in answer) for answer in answers[i]]
     return scores
@@ -292,14 +291,6 @@ def score(model, prefix, prompts, answers, batch_size):
 def padded(rows, length, fill):
     """Lists of ints as one tensor (B, length)."""
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
-
-
-def log_likelihoods(model, h, y):
-    """log P of each token y (N,) after the hidden state h (N, C), as a list."""
-    n = loss_rows(h.device, model.config.vocab_size)      # all logits at once would be large
-    nats = [F.cross_entropy(model.logits(part).float(), target, reduction="none")
-            for part, target in zip(h.split(n), y.split(n))]
-    return (-torch.cat(nats)).tolist()
 
 
 # ---- figures -------------------------------------------------------------------------------------

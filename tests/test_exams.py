@@ -48,7 +48,7 @@ def alone(logits_of, prompt, answer):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 @pytest.mark.parametrize("options", [{}, dict(qk_norm=False, qkv_bias=True, n_kv_heads=4, tie_embeddings=False)])
 def test_scores_are_those_of_each_answer_alone(options, batch_size, monkeypatch):
-    monkeypatch.setattr(exams, "loss_rows", lambda device, vocab_size: 7)               # the logits come in several pieces
+    monkeypatch.setattr("model.loss_rows", lambda device, vocab_size: 7)               # the logits come in several pieces
     model, rng = network(97, max_seq_len=40, **options), random.Random(0)
     ids = lambda n: [rng.randrange(97) for _ in range(n)]
     prefix = ids(20)
