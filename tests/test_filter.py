@@ -118,23 +118,82 @@ def test_bits_per_byte_drop_both_tails(folder, tok, filtered):
 
 def test_the_result_is_a_bin_like_any_other(folder, tok, filtered):
     """Counts and checksums are those of the files; pretrain.py reads it; val.bin is untouched."""
-    filtered(checkpoint="model.pt")
+    printed = filtered(checkpoint="model.pt")
     meta = json.loads((folder / "out/meta.json").read_text("utf-8"))
     docs = documents(folder / "out/train.bin", tok)
-    assert meta["train"] == {
-        "documents": len(docs),
-        "tokens": sum(map(len, docs)),
-        "bytes": sum(len(tok.decode(d).encode()) for d in docs)}
-    row = meta["corpora"]["bins"]
+    assert meta["train"] == sizes(docs, tok)
+    assert "counted as one corpus, unknown" in printed
+    row = meta["corpora"]["unknown"]
     assert row["records"] == row["documents"] + sum(row["dropped"].values()) == 40
     assert meta["before"]["train"]["documents"] == 40
     out = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
-    for name in "train.bin", "val.bin":
+    for name in "train.bin", "val.bin", "train.corpus", "val.corpus":
         assert meta["crc32"][name] == zlib.crc32(out[name])
     assert out["val.bin"] == (folder / "bins/val.bin").read_bytes()
     assert out["scores.png"].startswith(b"\x89PNG")
     done = run("pretrain.py", folder, "--tokenizer=tok.model", "--data_dir=out", *SMALL)
     assert done.rc == 0, done.err
+
+
+def sizes(docs, tok):
+    return {
+        "documents": len(docs),
+        "tokens": sum(map(len, docs)),
+        "bytes": sum(len(tok.decode(d).encode()) for d in docs)}
+
+
+def with_corpora(folder, name):
+    """Bins like those of the fixture, with the corpus of each document beside them."""
+    shutil.copytree(folder / "bins", folder / name)
+    meta = json.loads((folder / "bins/meta.json").read_text("utf-8"))
+    row = {"documents": 0, "tokens": 0, "bytes": 0}
+    meta["corpora"] = {"text:noise": row, "text:empty": row, "text:stories": row}
+    # each line of noise is followed by three stories
+    for part, numbers in ("train", [0, 2, 2, 2] * 10), ("val", [2]):
+        np.array(numbers, "<u2").tofile(folder / name / f"{part}.corpus")
+        meta["crc32"][f"{part}.corpus"] = zlib.crc32(np.array(numbers, "<u2"))
+    (folder / name / "meta.json").write_text(json.dumps(meta), "utf-8")
+    return meta
+
+
+def test_what_is_dropped_is_counted_by_corpus_and_reason(folder, tok, filtered):
+    meta = with_corpora(folder, "mixed")
+    printed = filtered(**LIKENESS, data_dir="mixed", drop_low=0.2, drop_high=0.1, out_dir="counted")
+    rows = json.loads((folder / "counted/meta.json").read_text("utf-8"))["corpora"]
+    assert list(rows) == list(meta["corpora"])
+    numbers = np.fromfile(folder / "counted/train.corpus", "<u2").tolist()
+    kept = documents(folder / "counted/train.bin", tok)
+    assert len(numbers) == len(kept) == 28
+    before = documents(folder / "mixed/train.bin", tok)
+    for i, (name, row) in enumerate(rows.items()):
+        mine = [d for d, number in zip(kept, numbers) if number == i]
+        assert all(tok.decode(d).startswith("从前") == (i == 2) for d in mine)
+        assert {figure: row[figure] for figure in ("documents", "tokens", "bytes")} == sizes(mine, tok)
+        lost = [d for d in before if tok.decode(d).startswith("从前") == (i == 2) and d not in mine]
+        expected = sizes(lost if i != 1 else [], tok)
+        assert row["records"] == [10, 0, 30][i]
+        assert expected == {
+            "documents": sum(row["dropped"].values()),
+            "tokens": sum(row["dropped_tokens"].values()),
+            "bytes": sum(row["dropped_bytes"].values())}
+    low, high = rows["text:noise"]["dropped"]
+    assert "below" in low and "above" in high
+    assert rows["text:noise"]["dropped"] == {low: 8, high: 0}
+    assert rows["text:stories"]["dropped"] == {low: 0, high: 4}
+    table = printed[printed.index("text:stories"):]
+    row = rows["text:stories"]
+    shown = [
+        [row["documents"], row["tokens"], row["bytes"]], [0, 0, 0],
+        [4, row["dropped_tokens"][high], row["dropped_bytes"][high]]]
+    assert re.findall(r"^ +([\d,]+) +([\d,]+) +([\d,]+)  (?:kept|dropped: .*)$", table, re.M) == [
+        tuple(f"{n:,}" for n in line) for line in shown]
+
+
+def test_a_corpus_file_that_does_not_fit_is_refused(folder, filtered):
+    with_corpora(folder, "broken")
+    np.array([2] * 40, "<u2").tofile(folder / "broken/train.corpus")
+    with pytest.raises(SystemExit, match="train.corpus: damaged"):
+        filtered(**LIKENESS, data_dir="broken")
 
 
 def test_likeness_tells_noise_from_stories(folder, tok, filtered):
