@@ -356,9 +356,19 @@ DIALOGUES = [
      talk("一", "二")),
     ("ultrachat", {"conversation": [{"human": "一", "assistant": "二"}, {"human": "三", "assistant": "四"}]},
      talk("一", "二", "三", "四")),
+    ("ultrachat", {"id": "0", "data": ["一", "二", "三", "四"]}, talk("一", "二", "三", "四")),
+    ("ultrachat", {"prompt": "一", "messages": [{"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}]},
+     talk("一", "二")),
     ("coig_cqia", {"instruction": "问", "input": "", "output": "答", "task_type": {"major": ["问答"]}, "metadata": None},
      talk("问", "答")),
     ("long_alpaca", {"file": "", "input": "", "instruction": "a long text, and?", "output": "b"}, talk("a long text, and?", "b")),
+    ("long_alpaca", {"instruction": "a", "output": "Answer: b"}, talk("a", "b")),
+    ("alpaca", {"instruction": "一", "output": "二", "tools": [{"name": "now"}]}, talk("一", "二", system='[{"name": "now"}]')),
+    ("tiny_stories_zh", {"story": "Once", "story_zh": "从前", "summary": "A", "source": "GPT-4", "instruction": {
+        "prompt:": "Write", "words": ["hang", "foot"], "features": ["Dialogue", "Rhyme"]}},
+     talk("请用这些词讲一个故事：hang、foot。故事要有对话，Rhyme。", "从前")),
+    ("tiny_stories_zh", {"story_zh": "从前", "instruction": {"words": ["hang"], "features": []}},
+     talk("请用这些词讲一个故事：hang。", "从前")),
     ("long_align", {"id": "1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "length": 9},
      talk("a", "b")),
     ("magpie_zh", {"uuid": "1", "instruction": "问", "response": "答", "conversations": [
@@ -380,6 +390,14 @@ DIALOGUES = [
     ("messages", {"tools": [{"type": "function"}], "messages": [{"role": "user", "content": "一"}, {
         "role": "assistant", "content": "查一下", "tool_calls": [{"id": 1}]}]},
      talk("一", '查一下\n[{"id": 1}]', system='[{"type": "function"}]')),
+    # several calls and several results, in one message or one after another
+    ("messages", {"messages": [{"role": "user", "content": "一"}, {"role": "assistant", "tool_calls": [{"id": 1}, {"id": 2}]},
+                               {"role": "tool", "tool_call_id": "1", "content": "三"},
+                               {"role": "tool", "tool_call_id": "2", "content": "四"}, {"role": "assistant", "content": "五"}]},
+     talk("一", '[{"id": 1}, {"id": 2}]', "三\n四", "五")),
+    ("messages", {"messages": [{"role": "user", "content": "一"}, {"role": "assistant", "content": "查"},
+                               {"role": "tool_call", "content": "{}"}, {"role": "tool_response", "content": "三"},
+                               {"role": "assistant", "content": "四"}]}, talk("一", "查\n{}", "三", "四")),
     ("smoltalk", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     talk("a", "b")),
 ]
@@ -396,7 +414,8 @@ def test_every_chat_data_set_in_its_own_schema():
     ([("human", "一"), ("gpt", "坏\ufffd字")], "broken characters"), ([("gpt", "一")], "no answer"),
     ([("human", "一"), ("system", "二"), ("gpt", "三")], "roles do not alternate"),
     ([("human", "一"), ("narrator", "二")], "unknown role"), ([(None, "一")], "unknown role"),
-    ([(["x"], "一")], "unknown role"),
+    ([(["x"], "一")], "unknown role"), ([("human", "一"), ("function_call", "{}"), ("gpt", "二")], "roles do not alternate"),
+    ([("human", "一"), ("function_call", "{}"), ("tool", "")], "empty turn of a tool"),
     ([("human", "一")], "no answer"), ([("system", "一")], "no answer"),
     ([("human", "一"), ("gpt", None)], "empty turn"), ([("human", ["一"]), ("gpt", "二")], "empty turn"),
 ])
