@@ -363,21 +363,29 @@ def ultrachat(record):
     return conversation(record)
 
 
+PARTS = "text", "reasoning", "tool_call"                # the types of content that are text
+
+
 def turn_of(turn):
     """(role, text, whether it is trained on) of a turn with from and value, or role and content.
 
-    Reasoning stands before an answer in <think>, as Qwen3 and DeepSeek-R1 write it; definitions and
-    calls of tools are text, too.
+    The content may be a list of parts: OpenAI's have `text`, LLaMA-Factory's `value`. Reasoning
+    stands before an answer in <think>, as Qwen3 and DeepSeek-R1 write it; definitions and calls of
+    tools are text, too.
     """
-    parts = objects(turn, "content")
-    if any(part.get("type", "text") != "text" for part in parts):
-        raise Bad("not only text")
-    text = joined(optional(turn, "value") or optional(turn, "content"),
-                  *(optional(part, "text") for part in parts),
-                  *(as_text(turn.get(name)) for name in ("tools", "tool_calls", "function_call")))
-    if thought := optional(turn, "reasoning_content"):
+    thoughts = [optional(turn, "reasoning_content")]
+    texts = [optional(turn, "value") or optional(turn, "content")]
+    for part in objects(turn, "content"):
+        if part.get("type", "text") not in PARTS:
+            raise Bad("not only text")
+        goes_to = thoughts if part.get("type") == "reasoning" else texts
+        goes_to.append(optional(part, "text") or optional(part, "value"))
+    texts += [as_text(turn.get(name)) for name in ("tools", "tool_calls", "function_call")]
+    text = joined(*texts)
+    if thought := joined(*thoughts):
         text = f"<think>\n{thought}\n</think>\n\n{text}"
-    is_trained = turn.get("weight") != 0 and turn.get("train") is not False
+    weights = [turn.get(name) for name in ("weight", "loss_weight", "train")]
+    is_trained = 0 not in weights                     # False is 0
     return turn.get("from", turn.get("role")), text, is_trained
 
 

@@ -398,6 +398,15 @@ DIALOGUES = [
     ("messages", {"messages": [{"role": "user", "content": "一"}, {"role": "assistant", "content": "查"},
                                {"role": "tool_call", "content": "{}"}, {"role": "tool_response", "content": "三"},
                                {"role": "assistant", "content": "四"}]}, talk("一", "查\n{}", "三", "四")),
+    # LLaMA-Factory's parts
+    ("messages", {"tools": '[{"name": "now"}]', "messages": [
+        {"role": "user", "content": [{"type": "text", "value": "一"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": [{"type": "reasoning", "value": "想"}, {"type": "tool_call", "value": "{}"},
+                                          {"type": "tool_call", "value": "[]"}], "loss_weight": 1.0},
+        {"role": "tool", "content": [{"type": "text", "value": "三"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": "四"}], "loss_weight": 0.0}]},
+     talk("一", "<think>\n想\n</think>\n\n{}\n[]", "三", system='[{"name": "now"}]')
+     + [{"role": "assistant", "content": "四", "train": False}]),
     ("smoltalk", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     talk("a", "b")),
 ]
