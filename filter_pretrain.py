@@ -19,6 +19,7 @@ import config                                  # before torch: sets how its thre
 import json
 import math
 import os
+import re
 from contextlib import ExitStack
 
 import numpy as np
@@ -133,13 +134,19 @@ def draw_histogram(score, limits, measure):
 def read_corpora(part, meta):
     """The number of the corpus of each document of a bin, (documents,), counted as in meta.json.
 
-    Bins that were prepared before there were such files are one corpus, number 0.
+    Shards have a file each. Bins that were prepared before there were such files have none: all
+    their documents are of corpus 0.
     """
-    n, name = meta[part]["documents"], f"{part}.corpus"
-    if name not in meta["crc32"]:
+    n, below = meta[part]["documents"], len(meta["corpora"])
+    names = [name for name in meta["crc32"] if re.fullmatch(rf"{part}(-\d+)?\.corpus", name)]
+    if not names:
         return np.zeros(n, "<u2")
-    path, below = f"{data_dir}/{name}", len(meta["corpora"])
-    return checkpoints.open_bin(path, "<u2", n, meta, MADE_BY, below)
+    numbers = []
+    for name in sorted(names):
+        path = f"{data_dir}/{name}"
+        length = os.path.getsize(path) // 2 if os.path.exists(path) else n
+        numbers.append(checkpoints.open_bin(path, "<u2", length, meta, MADE_BY, below))
+    return np.concatenate(numbers)
 
 
 def count(names, numbers, keep, reasons, figures):
@@ -169,7 +176,8 @@ def print_table(rows):
         for reason in row["dropped"]:
             lines[f"dropped: {reason}"] = [row[key][reason] for key in DROPPED]
         for what, numbers in lines.items():
-            print("".join(f"{number:>16,}" for number in numbers) + f"  {what}")
+            columns = "".join(f"{number:>16,}" for number in numbers)
+            print(f"{columns}  {what}")
 
 
 def write(documents, numbers, val, val_numbers, meta):
@@ -206,7 +214,7 @@ def main():
         for part in ("train", "val"))
     numbers, val_numbers = (read_corpora(part, meta) for part in ("train", "val"))
     names = list(meta["corpora"])
-    if "train.corpus" not in meta["crc32"]:
+    if not any(name.endswith(".corpus") for name in meta["crc32"]):
         names = ["unknown"]
         print(f"{data_dir}: prepared before train.corpus was written; all documents are counted as "
               "one corpus, unknown")

@@ -143,56 +143,68 @@ def sizes(docs, tok):
 
 
 def with_corpora(folder, name):
-    """Bins like those of the fixture, with the corpus of each document beside them."""
+    """Bins like those of the fixture, with the corpus of each document in files beside them."""
     shutil.copytree(folder / "bins", folder / name)
     meta = json.loads((folder / "bins/meta.json").read_text("utf-8"))
     row = {"documents": 0, "tokens": 0, "bytes": 0}
     meta["corpora"] = {"text:noise": row, "text:empty": row, "text:stories": row}
     # each line of noise is followed by three stories
-    for part, numbers in ("train", [0, 2, 2, 2] * 10), ("val", [2]):
-        np.array(numbers, "<u2").tofile(folder / name / f"{part}.corpus")
-        meta["crc32"][f"{part}.corpus"] = zlib.crc32(np.array(numbers, "<u2"))
+    numbers = np.array([0, 2, 2, 2] * 10, "<u2")
+    parts = {"train": numbers, "val": numbers[-1:]}
+    if name == "shards":
+        parts = {"train-00000": numbers[:17], "train-00001": numbers[17:], "val": numbers[-1:]}
+    for part, its_numbers in parts.items():
+        its_numbers.tofile(folder / name / f"{part}.corpus")
+        meta["crc32"][f"{part}.corpus"] = zlib.crc32(its_numbers)
     (folder / name / "meta.json").write_text(json.dumps(meta), "utf-8")
-    return meta
 
 
-def test_what_is_dropped_is_counted_by_corpus_and_reason(folder, tok, filtered):
-    meta = with_corpora(folder, "mixed")
-    printed = filtered(**LIKENESS, data_dir="mixed", drop_low=0.2, drop_high=0.1, out_dir="counted")
-    rows = json.loads((folder / "counted/meta.json").read_text("utf-8"))["corpora"]
-    assert list(rows) == list(meta["corpora"])
-    numbers = np.fromfile(folder / "counted/train.corpus", "<u2").tolist()
-    kept = documents(folder / "counted/train.bin", tok)
-    assert len(numbers) == len(kept) == 28
-    before = documents(folder / "mixed/train.bin", tok)
-    for i, (name, row) in enumerate(rows.items()):
-        mine = [d for d, number in zip(kept, numbers) if number == i]
-        assert all(tok.decode(d).startswith("从前") == (i == 2) for d in mine)
-        assert {figure: row[figure] for figure in ("documents", "tokens", "bytes")} == sizes(mine, tok)
-        lost = [d for d in before if tok.decode(d).startswith("从前") == (i == 2) and d not in mine]
-        expected = sizes(lost if i != 1 else [], tok)
-        assert row["records"] == [10, 0, 30][i]
-        assert expected == {
-            "documents": sum(row["dropped"].values()),
-            "tokens": sum(row["dropped_tokens"].values()),
-            "bytes": sum(row["dropped_bytes"].values())}
+def is_story(ids, tok):
+    return tok.decode(ids).startswith("从前")
+
+
+@pytest.mark.parametrize("bins", ["mixed", "shards"])
+def test_what_is_dropped_is_counted_by_corpus_and_reason(folder, tok, filtered, bins):
+    with_corpora(folder, bins)
+    out = folder / f"{bins}_out"
+    printed = filtered(**LIKENESS, data_dir=bins, drop_low=0.2, drop_high=0.1, out_dir=str(out))
+    rows = json.loads((out / "meta.json").read_text("utf-8"))["corpora"]
+    assert list(rows) == ["text:noise", "text:empty", "text:stories"]
+    assert [row["records"] for row in rows.values()] == [10, 0, 30]
+    kept = documents(out / "train.bin", tok)
+    assert len(kept) == 28
+    expected = [2 if is_story(ids, tok) else 0 for ids in kept]
+    assert np.fromfile(out / "train.corpus", "<u2").tolist() == expected
+
+    before = documents(folder / bins / "train.bin", tok)
+    for name, story in ("text:noise", False), ("text:stories", True):
+        row = rows[name]
+        mine = [ids for ids in kept if is_story(ids, tok) == story]
+        lost = [ids for ids in before if is_story(ids, tok) == story and ids not in mine]
+        assert {figure: row[figure] for figure in script.FIGURES} == sizes(mine, tok)
+        assert [sum(row[key].values()) for key in script.DROPPED] == list(sizes(lost, tok).values())
+    # the lowest are noise, the highest are stories
     low, high = rows["text:noise"]["dropped"]
     assert "below" in low and "above" in high
     assert rows["text:noise"]["dropped"] == {low: 8, high: 0}
     assert rows["text:stories"]["dropped"] == {low: 0, high: 4}
-    table = printed[printed.index("text:stories"):]
+
     row = rows["text:stories"]
-    shown = [
-        [row["documents"], row["tokens"], row["bytes"]], [0, 0, 0],
-        [4, row["dropped_tokens"][high], row["dropped_bytes"][high]]]
-    assert re.findall(r"^ +([\d,]+) +([\d,]+) +([\d,]+)  (?:kept|dropped: .*)$", table, re.M) == [
-        tuple(f"{n:,}" for n in line) for line in shown]
+    lines = [[row[figure] for figure in script.FIGURES]]
+    lines += [[row[key][reason] for key in script.DROPPED] for reason in (low, high)]
+    table = printed[printed.index("text:stories"):]
+    shown = re.findall(r"^ +([\d,]+) +([\d,]+) +([\d,]+)  (?:kept|dropped: .*)$", table, re.M)
+    assert shown == [tuple(f"{number:,}" for number in line) for line in lines]
 
 
 def test_a_corpus_file_that_does_not_fit_is_refused(folder, filtered):
     with_corpora(folder, "broken")
-    np.array([2] * 40, "<u2").tofile(folder / "broken/train.corpus")
+    path = folder / "broken/train.corpus"
+    np.array([2] * 40, "<u2").tofile(path)
     with pytest.raises(SystemExit, match="train.corpus: damaged"):
+        filtered(**LIKENESS, data_dir="broken")
+    path.unlink()
+    with pytest.raises(SystemExit, match="train.corpus: missing"):
         filtered(**LIKENESS, data_dir="broken")
 
 
