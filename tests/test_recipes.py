@@ -43,13 +43,23 @@ def questions(rng, n):
         yield f"{i}，{question}", answer
 
 
+def turns(question, answer):
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer}]
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Data sets by their names on huggingface.co, in the schemas that their readers name."""
     folder, rng = tmp_path_factory.mktemp("hub"), random.Random(6)
     texts = [story(rng, 4) for _ in range(60)]
-    write_lines(folder / "stories.json", [
-        {"story": "Once", "story_zh": text, "summary": "A story.", "source": "GPT-4", "instruction": {
+    write_lines(folder / "stories.json", [{
+        "story": "Once",
+        "story_zh": text,
+        "summary": "A story.",
+        "source": "GPT-4",
+        "instruction": {
             "prompt:": "Write", "words": ["dog", f"number {i}"], "features": ["Dialogue"]}}
         for i, text in enumerate(texts)])
     archive = folder / "adam89/TinyStoriesChinese/data.tar.gz"
@@ -64,8 +74,7 @@ def hub(tmp_path_factory):
                            {"role": "assistant", "content": answer, **none}]}
         for question, answer in questions(rng, 40)])
     write_lines(minimind / "dpo.jsonl", [
-        {"chosen": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-         "rejected": [{"role": "user", "content": question}, {"role": "assistant", "content": "不知道"}]}
+        {"chosen": turns(question, answer), "rejected": turns(question, "不知道")}
         for question, answer in questions(rng, 20)])
     write_lines(folder / "pleisto/wikipedia-cn-20230720-filtered/wiki.json",
                 [{"completion": text} for text in texts[:20]])
