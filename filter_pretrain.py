@@ -146,7 +146,11 @@ def read_corpora(part, meta):
         path = f"{data_dir}/{name}"
         length = os.path.getsize(path) // 2 if os.path.exists(path) else n
         numbers.append(checkpoints.open_bin(path, "<u2", length, meta, MADE_BY, below))
-    return np.concatenate(numbers)
+    numbers = np.concatenate(numbers)
+    if len(numbers) != n:
+        raise SystemExit(f"{data_dir}/{part}.corpus: of {len(numbers):,} documents, where "
+                         f"meta.json says {n:,}; run python {MADE_BY} again")
+    return numbers
 
 
 def count(names, numbers, keep, reasons, figures):

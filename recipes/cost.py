@@ -37,7 +37,8 @@ def main():
     print(f"disk        {disk}")
     print(f"model       {model.n_params() / 1e6:.0f} M parameters; training takes about "
           f"{memory:.1f} GiB of the card's memory")
-    print(f"training    {pretrain_tokens / 1e6:,.0f} M tokens, fine-tuning {sft_tokens / 1e6:,.0f} M")
+    print(f"training    {pretrain_tokens / 1e6:,.0f} M tokens, "
+          f"fine-tuning {sft_tokens / 1e6:,.0f} M")
     for card, peak in CARDS.items():
         hours = flops / (UTILISATION * peak) / 3600
         print(f"{card:<11} about {hours:.1f} hours, computed: {flops:.2g} FLOP at "

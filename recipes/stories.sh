@@ -1,6 +1,6 @@
 #!/bin/sh
-# Stories: a model of 17 M parameters that tells children's stories, from TinyStoriesChinese. Then it
-# learns to tell the story that is asked for, by words (in English, as the data set has them) and
+# Stories: a model of 17 M parameters that tells children's stories, from TinyStoriesChinese. Then
+# it learns to tell the story that is asked for, by words (in English, as the data set has them) and
 # features such as a dialogue or a bad ending.
 #
 #     sh recipes/stories.sh
@@ -20,7 +20,9 @@ $PYTHON recipes/cost.py $SHAPE --vocab_size=8192 --pretrain_tokens=393_000_000 \
 
 download adam89/TinyStoriesChinese "" $DATA/raw "*.tar.gz"
 mkdir -p $DATA/json
-test -e $DATA/json/.complete || for file in $DATA/raw/*.tar.gz; do tar xzf "$file" -C $DATA/json; done
+test -e $DATA/json/.complete || for file in $DATA/raw/*.tar.gz; do
+    tar xzf "$file" -C $DATA/json
+done
 touch $DATA/json/.complete
 
 CORPORA=tiny_stories_zh:$DATA/json

@@ -230,6 +230,16 @@ def test_a_corpus_file_that_does_not_fit_is_refused(folder, filtered):
         filtered(**LIKENESS, data_dir="broken")
 
 
+def test_bins_of_another_preparation_are_refused(folder, filtered):
+    with_corpora(folder, "other")
+    path = folder / "other/meta.json"
+    meta = json.loads(path.read_text("utf-8"))
+    meta["val"]["documents"] = 2
+    path.write_text(json.dumps(meta), "utf-8")
+    with pytest.raises(SystemExit, match="val.corpus: of 1 documents, where meta.json says 2"):
+        filtered(**LIKENESS, data_dir="other")
+
+
 def test_likeness_tells_noise_from_stories(folder, tok, filtered):
     filtered(**LIKENESS, drop_low=0.25, drop_high=0.0)
     kept = documents(folder / "out/train.bin", tok)
