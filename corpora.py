@@ -20,6 +20,7 @@ To add a data set of news as {"headline": "...", "body": "...", "tags": ["...", 
 A function raises Bad("reason") to drop a record. Any other exception drops it, too, and is counted.
 """
 import difflib
+import itertools
 import json
 import os
 import re
@@ -200,32 +201,38 @@ ROLES = {"system": "system",
          "counselor": "assistant", "model": "assistant", "答": "assistant", "moss": "assistant",
          "developer": "system",
          # calls of a tool are the assistant's, their results take the place of the user's turns
-         "function_call": "assistant", "observation": "user", "tool": "user", "function": "user"}
+         "function_call": "assistant", "tool_call": "assistant",
+         "observation": "user", "tool": "user", "function": "user", "tool_response": "user"}
+TOOLS = "function_call", "tool_call", "observation", "tool", "function", "tool_response"
 
 
 def dialogue(turns):
     """[(role, content)] -> [{"role", "content"}]: perhaps system, then user and assistant in turn.
 
-    A third item that is False makes {"train": False}: no loss on this answer. An answer before the
-    first question and a last turn of the user are left off, empty system texts as well. Raises Bad
-    with the reason if the rest does not fit.
+    A third item that is False makes {"train": False}: no loss on this answer. A call of a tool
+    joins the answer that it follows, several results become one turn. An answer before the first
+    question and a last turn of the user are left off, empty system texts as well. Raises Bad with
+    the reason if the rest does not fit.
     """
     system, messages = [], []
-    for name, content, *train in turns:
-        role = ROLES.get(name.lower() if isinstance(name, str) else None)
+    for speaker, content, *train in turns:
+        name = speaker.lower() if isinstance(speaker, str) else None
+        role = ROLES.get(name)
         content = normalise(content)
         if role is None:
-            raise Bad("unknown role", f"for example {name!r}"[:99])
+            raise Bad("unknown role", f"for example {speaker!r}"[:99])
         if "\ufffd" in content:
             raise Bad("broken characters")
         if role == "system" and not messages:
             system += [content] if content and content not in system else []
         elif role == ("user", "assistant")[len(messages) % 2]:
             if not content:
-                raise Bad("empty turn")
+                raise Bad("empty turn of a tool" if name in TOOLS else "empty turn")
             messages.append({"role": role, "content": content})
             if train == [False] and role == "assistant":
                 messages[-1]["train"] = False
+        elif messages and name in TOOLS:
+            messages[-1]["content"] += f"\n{content}" if content else ""
         elif messages or role == "system":
             raise Bad("roles do not alternate")
     if len(messages) % 2:
@@ -244,13 +251,11 @@ def pair(question, answer):
 @corpus(CHAT, "belle", "BELLE: instructions and dialogues, Chinese; GPL-3.0, research only",
         HF + "BelleGroup/train_1M_CN --local-dir data/belle")
 @corpus(CHAT, "coig_cqia", "COIG-CQIA: instructions from Chinese forums, exams, encyclopaedias; "
-        "terms on its page", HF + "m-a-p/COIG-CQIA --local-dir data/cqia")
-@corpus(CHAT, "long_alpaca", "LongAlpaca-12k: long English texts and questions; CC BY-NC 4.0",
-        HF + "Yukang/LongAlpaca-12k --local-dir data/long_alpaca")
+        "terms on its page", HF + "m-a-p/COIG-CQIA COIG-CQIA-full.jsonl --local-dir data/cqia")
 @corpus(CHAT, "medical_qa", *TEXT["medical_qa"][1:3])
 def alpaca(record):
     instruction = joined(field(record, "instruction"), optional(record, "input"))
-    turns = [("system", optional(record, "system"))]
+    turns = [("system", optional(record, "system")), ("system", as_text(record.get("tools")))]
     for question, reply in objects(record, "history", list):
         turns += [("user", question), ("assistant", reply)]
     turns += spoken(instruction, "user")
@@ -271,6 +276,13 @@ def spoken(text, speaker):
     return turns
 
 
+@corpus(CHAT, "long_alpaca", "LongAlpaca-12k: long English texts and questions; CC BY-NC 4.0",
+        HF + "Yukang/LongAlpaca-12k --local-dir data/long_alpaca")
+def long_alpaca(record):
+    answer = field(record, "output").removeprefix("Answer: ")
+    return alpaca({**record, "output": answer})
+
+
 @corpus(CHAT, "prompt", "prompt/response, prompt/answer or question/answer: pairs in JSON, CSV or "
         "parquet", 'write one JSON object a line: {"prompt": "...", "response": "..."}')
 def prompt(record):
@@ -282,6 +294,23 @@ def prompt(record):
         HF + "YeungNLP/firefly-train-1.1M --local-dir data/firefly")
 def firefly(record):
     return pair(field(record, "input"), field(record, "target"))
+
+
+FEATURES = {"Dialogue": "有对话", "BadEnding": "结局不好", "MoralValue": "讲一个道理",
+            "Twist": "有意外的转折", "Foreshadowing": "有伏笔", "Conflict": "有矛盾"}
+
+
+@corpus(CHAT, "tiny_stories_zh", "TinyStories in Chinese: a story that is to use given words (in "
+        "English) and features; CDLA-Sharing-1.0", TEXT["tiny_stories_zh"].get)
+def requested_story(record):
+    story, request = field(record, "story_zh"), record.get("instruction")
+    words = "、".join(strings(request, "words"))
+    if not words:
+        raise Bad("no words")
+    question = f"请用这些词讲一个故事：{words}。"
+    if features := strings(request, "features"):
+        question += f"故事要{'，'.join(FEATURES.get(name, name) for name in features)}。"
+    return pair(question, story)
 
 
 @corpus(CHAT, "medical_dialogue", "Chinese questions to doctors, CSV in GBK; MIT",
@@ -305,13 +334,11 @@ def zhihu_chat(record):
 @corpus(CHAT, "smoltalk", "SmolTalk: English dialogues; Apache-2.0",
         HF + "HuggingFaceTB/smoltalk --local-dir data/smoltalk")
 @corpus(CHAT, "smoltalk_zh", "smoltalk-chinese of OpenCSG: 700,000 dialogues; Apache-2.0",
-        HF + "opencsg/smoltalk-chinese --local-dir data/smoltalk_zh")
+        HF + 'opencsg/smoltalk-chinese --include "data/*" --local-dir data/smoltalk_zh')
 @corpus(CHAT, "magpie_zh", "Magpie: 200,000 Chinese questions and answers by Qwen2",
         HF + "Magpie-Align/Magpie-Qwen2-Pro-200K-Chinese --local-dir data/magpie")
 @corpus(CHAT, "long_align", "LongAlign-10k: long texts and questions; Apache-2.0",
         HF + "THUDM/LongAlign-10k --local-dir data/long_align")
-@corpus(CHAT, "ultrachat", "UltraChat, in Firefly's form or as messages",
-        HF + "YeungNLP/ultrachat --local-dir data/ultrachat")
 @corpus(CHAT, "firefly_moss", "MOSS 003 in Firefly's form, conversation[{human, assistant}]",
         HF + "YeungNLP/moss-003-sft-data --local-dir data/firefly_moss")
 def conversation(record):
@@ -327,21 +354,38 @@ def conversation(record):
     return dialogue(turns)
 
 
+@corpus(CHAT, "ultrachat", "UltraChat: English dialogues, as published, in Firefly's form or "
+        "as messages; MIT",
+        HF + "YeungNLP/ultrachat --local-dir data/ultrachat")
+def ultrachat(record):
+    if texts := strings(record, "data"):              # question, answer, question, ...
+        return dialogue(zip(itertools.cycle(("user", "assistant")), texts))
+    return conversation(record)
+
+
+PARTS = "text", "reasoning", "tool_call"                # the types of content that are text
+
+
 def turn_of(turn):
     """(role, text, whether it is trained on) of a turn with from and value, or role and content.
 
-    Reasoning stands before an answer in <think>, as Qwen3 and DeepSeek-R1 write it; definitions and
-    calls of tools are text, too.
+    The content may be a list of parts: OpenAI's have `text`, LLaMA-Factory's `value`. Reasoning
+    stands before an answer in <think>, as Qwen3 and DeepSeek-R1 write it; definitions and calls of
+    tools are text, too.
     """
-    parts = objects(turn, "content")
-    if any(part.get("type", "text") != "text" for part in parts):
-        raise Bad("not only text")
-    text = joined(optional(turn, "value") or optional(turn, "content"),
-                  *(optional(part, "text") for part in parts),
-                  *(as_text(turn.get(name)) for name in ("tools", "tool_calls", "function_call")))
-    if thought := optional(turn, "reasoning_content"):
+    thoughts = [optional(turn, "reasoning_content")]
+    texts = [optional(turn, "value") or optional(turn, "content")]
+    for part in objects(turn, "content"):
+        if part.get("type", "text") not in PARTS:
+            raise Bad("not only text")
+        goes_to = thoughts if part.get("type") == "reasoning" else texts
+        goes_to.append(optional(part, "text") or optional(part, "value"))
+    texts += [as_text(turn.get(name)) for name in ("tools", "tool_calls", "function_call")]
+    text = joined(*texts)
+    if thought := joined(*thoughts):
         text = f"<think>\n{thought}\n</think>\n\n{text}"
-    is_trained = turn.get("weight") != 0 and turn.get("train") is not False
+    weights = [turn.get(name) for name in ("weight", "loss_weight", "train")]
+    is_trained = 0 not in weights                     # False is 0
     return turn.get("from", turn.get("role")), text, is_trained
 
 

@@ -12,12 +12,15 @@ end there: a linear classifier that is trained by counting (naive Bayes, with th
 al. 2023, arXiv:2302.03169).
 
 val.bin is copied as it is: a filter must not choose the text that it is judged by. Look at the
-documents printed from both ends, and at scores.png, before you train on the result.
+documents printed from both ends, at scores.png, and at what each corpus lost, before you train on
+the result.
 """
 import config                                  # before torch: sets how its threads wait
 import json
 import math
 import os
+import re
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -45,6 +48,8 @@ config.override(globals())
 
 MADE_BY = "prepare_pretrain.py"
 HASH_BITS = 18                         # n-grams are counted in 2^18 buckets
+# what meta.json counts of each corpus: what is kept, and by reason what is dropped
+FIGURES, DROPPED = ("documents", "tokens", "bytes"), ("dropped", "dropped_tokens", "dropped_bytes")
 
 
 def pieces(data):
@@ -126,18 +131,75 @@ def draw_histogram(score, limits, measure):
     pyplot.close()
 
 
-def write(documents, val, meta):
-    """The three files; meta.json takes its name last."""
-    with config.whole_file(f"{out_dir}/meta.json") as meta_file, \
-            config.whole_file(f"{out_dir}/val.bin", "wb") as val_file, \
-            config.whole_file(f"{out_dir}/train.bin", "wb") as train_file:
-        val_file.write(val)
-        out = config.Checksum(train_file)
+def read_corpora(part, meta):
+    """The number of the corpus of each document of a bin, (documents,), counted as in meta.json.
+
+    Shards have a file each. Bins that were prepared before there were such files have none: all
+    their documents are of corpus 0.
+    """
+    n, below = meta[part]["documents"], len(meta["corpora"])
+    names = [name for name in meta["crc32"] if re.fullmatch(rf"{part}(-\d+)?\.corpus", name)]
+    if not names:
+        return np.zeros(n, "<u2")
+    numbers = []
+    for name in sorted(names):
+        path = f"{data_dir}/{name}"
+        length = os.path.getsize(path) // 2 if os.path.exists(path) else n
+        numbers.append(checkpoints.open_bin(path, "<u2", length, meta, MADE_BY, below))
+    numbers = np.concatenate(numbers)
+    if len(numbers) != n:
+        raise SystemExit(f"{data_dir}/{part}.corpus: of {len(numbers):,} documents, where "
+                         f"meta.json says {n:,}; run python {MADE_BY} again")
+    return numbers
+
+
+def count(names, numbers, keep, reasons, figures):
+    """{corpus: what was read, what is kept, and what is dropped for each reason} for meta.json.
+
+    names: of the corpora; numbers: of the corpus of each document. keep, and each of the reasons,
+    {reason: documents}, are (documents,) bool; figures: FIGURES of each document, (3, documents).
+    """
+    rows = {}
+    for number, name in enumerate(names):
+        is_its = numbers == number
+        kept, *lost = (
+            figures[:, chosen & is_its].sum(1).tolist()
+            for chosen in (keep, *reasons.values()))
+        rows[name] = {"records": int(is_its.sum()), **dict(zip(FIGURES, kept))}
+        for key, column in zip(DROPPED, zip(*lost)):
+            rows[name][key] = dict(zip(reasons, column))
+    return rows
+
+
+def print_table(rows):
+    """For each corpus a line of what is kept, and one of what each reason dropped."""
+    print("".join(f"{figure:>16}" for figure in FIGURES))
+    for name, row in rows.items():
+        print(name)
+        lines = {"kept": [row[figure] for figure in FIGURES]}
+        for reason in row["dropped"]:
+            lines[f"dropped: {reason}"] = [row[key][reason] for key in DROPPED]
+        for what, numbers in lines.items():
+            columns = "".join(f"{number:>16,}" for number in numbers)
+            print(f"{columns}  {what}")
+
+
+def write(documents, numbers, val, val_numbers, meta):
+    """The five files; meta.json takes its name last."""
+    with ExitStack() as stack:
+        meta_file = stack.enter_context(config.whole_file(f"{out_dir}/meta.json"))
+        files = {}
+        for name in "val.corpus", "val.bin", "train.corpus", "train.bin":
+            file = config.whole_file(f"{out_dir}/{name}", "wb")
+            files[name] = config.Checksum(stack.enter_context(file))
+        files["val.bin"].write(val)
+        files["val.corpus"].write(val_numbers)
+        files["train.corpus"].write(numbers)
         for ids in documents:
-            out.write(ids)
-        meta["crc32"]["train.bin"] = out.crc32
+            files["train.bin"].write(ids)
+        meta["crc32"] = {name: file.crc32 for name, file in files.items()}
         json.dump(meta, meta_file, ensure_ascii=False, indent=1)
-    print(f"wrote {out_dir}/train.bin, val.bin, meta.json")
+    print(f"wrote {', '.join(files)} and meta.json to {out_dir}")
 
 
 def main():
@@ -154,6 +216,12 @@ def main():
         checkpoints.open_tokens(f"{data_dir}/{part}.bin", meta[part]["tokens"],
                                 meta, MADE_BY, tok.vocab_size)
         for part in ("train", "val"))
+    numbers, val_numbers = (read_corpora(part, meta) for part in ("train", "val"))
+    names = list(meta["corpora"])
+    if not any(name.endswith(".corpus") for name in meta["crc32"]):
+        names = ["unknown"]
+        print(f"{data_dir}: prepared before train.corpus was written; all documents are counted as "
+              "one corpus, unknown")
     measure, value = scorer(tok)
 
     ends = np.concatenate([
@@ -173,7 +241,7 @@ def main():
     score = total / (np.maximum(n_bytes, 1) if checkpoint else lengths)
 
     low, high = np.quantile(score, [drop_low, 1 - drop_high])
-    keep = np.flatnonzero((low <= score) & (score <= high))
+    keep = (low <= score) & (score <= high)
     order = np.argsort(score)
     print(f"documents with the lowest {measure}:")
     print_documents(order[:20], score, train, starts, lengths, tok)
@@ -182,19 +250,17 @@ def main():
     with config.only_watching("histogram"):
         draw_histogram(score, (low, high), measure)
 
-    # the bins do not say which corpus a document is from, so the new table has a single row
-    counts = {
-        "documents": len(keep),
-        "tokens": int(lengths[keep].sum()),
-        "bytes": int(n_bytes[keep].sum())}
-    dropped = {
-        f"{measure} below {low:.4f}": int((score < low).sum()),
-        f"{measure} above {high:.4f}": int((score > high).sum())}
-    row = {"records": len(score), **counts, "dropped": dropped}
+    reasons = {
+        f"{measure} below {low:.4f}": score < low,
+        f"{measure} above {high:.4f}": score > high}
+    figures = np.stack((np.ones_like(lengths), lengths, n_bytes.astype(np.int64)))
+    rows = count(names, numbers, keep, reasons, figures)
+    print_table(rows)
     meta["before"] = {"train": meta["train"], "corpora": meta["corpora"]}
-    meta["train"], meta["corpora"] = counts, {data_dir: row}
-    print(", ".join(f"{name}: {value}" for name, value in row.items()))
-    write((train[starts[i]:ends[i]] for i in keep), val, meta)
+    meta["train"] = dict(zip(FIGURES, figures[:, keep].sum(1).tolist()))
+    meta["corpora"] = rows
+    documents = (train[starts[i]:ends[i]] for i in np.flatnonzero(keep))
+    write(documents, numbers[keep], val, val_numbers, meta)
 
 
 if __name__ == "__main__":

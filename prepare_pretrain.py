@@ -9,13 +9,16 @@ documents and copies them, one by one, to the bins.
 Memory grows by less than 100 bytes per document, whatever their length. Nothing is truncated. The
 same input and constants give the same bytes with any number of workers. corpora.py lists the data
 sets, cleaning.py says what is cleaned.
+
+train.corpus and val.corpus beside the bins tell where their documents are from: a np.uint16 for
+each, the place of its corpus among the "corpora" of meta.json. filter_pretrain.py counts by them.
 """
 import hashlib
 import json
 import os
 import tempfile
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 from tqdm import tqdm
@@ -314,16 +317,19 @@ def main():
                 "dtype": tok.id_dtype, "seed": seed, "train": train, "val": val,
                 "corpora": rows}
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
-        # The files are renamed from the last to the first: meta.json proves that the bins are whole
-        with config.whole_file(f"{data_dir}/meta.json") as meta_file, \
-                config.whole_file(f"{data_dir}/val.bin", "wb") as val_file, \
-                config.whole_file(f"{data_dir}/train.bin", "wb") as train_file:
-            val_bin = config.Checksum(val_file)
-            train_bin = config.Checksum(train_file)
-            goes_to_val = in_val[order]
-            write_bin(val_bin, ids_file, tok.id_dtype, documents, order[goes_to_val])
-            write_bin(train_bin, ids_file, tok.id_dtype, documents, order[~goes_to_val])
-            meta["crc32"] = {"val.bin": val_bin.crc32, "train.bin": train_bin.crc32}
+        goes_to_val = in_val[order]
+        splits = {"val": order[goes_to_val], "train": order[~goes_to_val]}
+        with ExitStack() as stack:
+            # Opened first and renamed last: meta.json proves that the other files are whole
+            meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
+            files = {}
+            for name in "val.corpus", "val.bin", "train.corpus", "train.bin":
+                file = config.whole_file(f"{data_dir}/{name}", "wb")
+                files[name] = config.Checksum(stack.enter_context(file))
+            for split, chosen in splits.items():
+                write_bin(files[f"{split}.bin"], ids_file, tok.id_dtype, documents, chosen)
+                files[f"{split}.corpus"].write(documents["input"][chosen])
+            meta["crc32"] = {name: file.crc32 for name, file in files.items()}
             json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote train.bin, val.bin and meta.json to {data_dir}")
 

@@ -1,11 +1,12 @@
-"""Write the embedded demo corpus: children's stories to pretrain on, dialogues to fine-tune on, questions to test with.
+"""Write the embedded demo corpus: stories to pretrain on, dialogues to learn, questions as a test.
 
-    python data/make_demo.py                # data/demo/{stories,chat,heldout}.jsonl, the same bytes on every machine
-    python data/make_demo.py --scale=0.01   # a hundredth of the training text, for tests
+    python data/make_demo.py                data/demo/{stories,chat,heldout}.jsonl, always the same
+    python data/make_demo.py --scale=0.01   a hundredth of the training text, for tests
 
-Every sentence is ours and comes out of the small grammar below: `[a|b|]` is one of a, b, nothing; `{x}` is a slot.
-A story is a plot, a row of the plot's table (what goes wrong, and what therefore helps) and a cast: so the thing that
-is lost is the thing that is found, the helper is the one who is thanked, and the season fits what they do in it.
+Every sentence is ours and comes out of the small grammar below: `[a|b|]` is one of a, b, nothing;
+`{x}` is a slot. A story is a plot, a row of the plot's table (what goes wrong, and what therefore
+helps) and a cast: so the thing that is lost is the thing that is found, the helper is the one who
+is thanked, and the season fits what they do in it.
 """
 import json
 import os
@@ -21,18 +22,21 @@ scale      = 1.0          # fraction of the stories and dialogues to write; test
 n_stories  = 6000         # stories at scale 1, about 195 characters each
 n_chats    = 14000        # training dialogues at scale 1, about 48 characters each
 n_heldout  = 300          # held-out questions, at every scale
-n_withheld = 44           # of them sums that no training dialogue shows, out of the 462 sums and differences up to 20
+n_withheld = 44           # of them sums that no training dialogue shows, out of 462 up to 20
 seed       = 1            # another seed is another corpus of the same kind
 config.override(globals())
 
 
 # ---------------------------------------------------------------- the grammar
 
-INNERMOST = re.compile(r"\[([^\[\]]*)\]")       # of nested choices: they are made from the inside out
+INNERMOST = re.compile(r"\[([^\[\]]*)\]")       # nested choices are made from the inside out
 
 
 def pick(rng, items):
-    """One of the items. Only rng.random() is promised to give the same numbers in every Python: use nothing else."""
+    """One of the items.
+
+    Only rng.random() is promised to give the same numbers in every Python: use nothing else.
+    """
     return items[int(rng.random() * len(items))]
 
 
@@ -41,7 +45,10 @@ def shuffled(rng, items):
 
 
 def fill(rng, template, slots):
-    """fill(rng, "{a}[很|]高兴。", {"a": "小兔"}) -> "小兔很高兴。" or "小兔高兴。"; a slot may hold slots and choices."""
+    """fill(rng, "{a}[很|]高兴。", {"a": "小兔"}) -> "小兔很高兴。" or "小兔高兴。".
+
+    A slot may hold slots and choices.
+    """
     while "{" in template:
         template = template.format_map(slots)
     while "[" in template:
@@ -50,10 +57,14 @@ def fill(rng, template, slots):
 
 
 def table(columns, text):
-    """table("x y", "大 小 多 少") -> [{"x": "大", "y": "小"}, {"x": "多", "y": "少"}]; no cell contains a space."""
+    """table("x y", "大 小 多 少") -> [{"x": "大", "y": "小"}, {"x": "多", "y": "少"}].
+
+    No cell contains a space.
+    """
     columns, cells = columns.split(), text.split()
     assert len(cells) % len(columns) == 0, f"{columns}: {len(cells)} cells, from {cells[0]}"
-    return [dict(zip(columns, cells[i:i + len(columns)])) for i in range(0, len(cells), len(columns))]
+    n = len(columns)
+    return [dict(zip(columns, cells[i:i + n])) for i in range(0, len(cells), n)]
 
 
 # ---------------------------------------------------------------- who and when
@@ -82,7 +93,10 @@ PLOTS = {}                                      # topic -> (who may play, rows, 
 
 
 def plot(topic, who, columns, rows, text):
-    """Column s, where there is one, holds the seasons that fit the row; column who the animals it is about."""
+    """Column s, where there is one, holds the seasons that fit the row.
+
+    Column who holds the animals that it is about.
+    """
     PLOTS[topic] = who, table(columns, rows), "".join(line.strip() for line in text.splitlines())
 
 
@@ -239,7 +253,8 @@ plot("愿望", "all", "wish way see like", """
     {b}知道了，说：“[我也想去，我们一起去吧|我陪你去]！”[{par}说：“路很远，要坚持到底啊。”|]
     {they}[带上水和干粮|背上小书包]出发了，{way}。走了很久，{a}[累得走不动了|脚疼了，想回家]，{b}说：“[再走一会儿就到了|别放弃，我拉着你走]。”
     终于到了！{see}。{a}[看呆了|高兴得说不出话来]。[“真美啊，比我想的还要美！”{ta}说。|{b}说：“[多亏我们没有放弃|你看，没有白走吧]！”]
-    [回家以后，{a}画了一幅画，画上有{like}，还有{ta}和{b}。|晚上，{a}做了一个梦，又梦见了{like}。|回到家里，{a}给{par}讲起{like}，讲了一遍又一遍。]""")
+    [回家以后，{a}画了一幅画，画上有{like}，还有{ta}和{b}。|晚上，{a}做了一个梦，又梦见了{like}。|
+    回到家里，{a}给{par}讲起{like}，讲了一遍又一遍。]""")
 
 plot("听劝告", "all", "s warn v bad care after", """
     春夏秋冬 糖要少吃，吃完要刷牙 吃了一颗又一颗，也不刷牙 没过几天，{a}牙疼得直掉眼泪 带{ta}去看了医生 每天早晚都认真刷牙
@@ -268,20 +283,24 @@ plot("救小动物", "all", "s y m bad help bye", """
 
 
 def cast(rng, who="all"):
-    """Slots: a, b, c and the pronouns of a and of a with b, an elder, a parent, places, two numbers. who: see plot()."""
+    """Slots: a, b, c, the pronouns of a and of a with b, an elder, a parent, places, two numbers.
+
+    who: see plot().
+    """
     if who == "all":
         who = "animal" if rng.random() < 0.6 else "child"
     people = shuffled(rng, CHILDREN if who == "child" else ANIMALS)
-    if ">" in who:                                                # "小熊,小松鼠>小猴": one of these learns from that one
+    if ">" in who:                              # "小熊,小松鼠>小猴": one of these learns from that one
         pupils, master = who.split(">")
         pupil = pick(rng, pupils.split(","))
         people.sort(key=lambda person: (person["name"] != pupil, person["name"] != master))
     a, b, c = people[:3]
     they = "它们" if a["ta"] == "它" else "她们" if a["ta"] == b["ta"] == "她" else "他们"
     p1, p2, p3 = shuffled(rng, SPOTS)[:3]
-    return dict(a=a["name"], b=b["name"], c=c["name"], ta=a["ta"], they=they, sort=a["sort"], p1=p1, p2=p2, p3=p3,
-                old=pick(rng, HUMAN_ELDERS if who == "child" else ANIMAL_ELDERS), par=pick(rng, PARENTS),
-                ground=pick(rng, GROUNDS), **pick(rng, NUMBERS))
+    return dict(a=a["name"], b=b["name"], c=c["name"], ta=a["ta"], they=they, sort=a["sort"],
+                p1=p1, p2=p2, p3=p3,
+                old=pick(rng, HUMAN_ELDERS if who == "child" else ANIMAL_ELDERS),
+                par=pick(rng, PARENTS), ground=pick(rng, GROUNDS), **pick(rng, NUMBERS))
 
 
 def story(rng):
@@ -296,14 +315,14 @@ def story(rng):
         return body, slots
     slots["friend"] = "[，{ta}的好朋友是{b}|，{ta}和{b}是好朋友|]" if slots["b"] in body else ""
     intro = fill(rng, ANIMAL_INTRO if slots["ta"] == "它" else CHILD_INTRO, slots)
-    if body.startswith(slots["a"]) and slots["b"] not in intro:   # the name again so soon: a pronoun
+    if body.startswith(slots["a"]) and slots["b"] not in intro:   # the name came just before
         body = slots["ta"] + body.removeprefix(slots["a"])
     return intro + body, slots
 
 
 def stories(rng, n):
     """n different stories."""
-    found = {}                                                    # a dict keeps the order in which they came
+    found = {}                                  # a dict keeps the order in which they came
     while len(found) < n:
         text, _ = story(rng)
         if len(text) <= 250:
@@ -317,8 +336,12 @@ FACTS = []                                      # one entry per table below
 
 
 def facts(quota, rows, *phrasings, follow=""):
-    """Each row is asked about in each phrasing, "question → answer"; `quota` pairs of the two are held out."""
-    FACTS.append(dict(quota=quota, rows=rows, phrasings=[phrasing.split(" → ") for phrasing in phrasings], follow=follow))
+    """Each row is asked about in each phrasing, "question → answer".
+
+    `quota` pairs of the two are held out.
+    """
+    phrasings = [phrasing.split(" → ") for phrasing in phrasings]
+    FACTS.append(dict(quota=quota, rows=rows, phrasings=phrasings, follow=follow))
 
 
 OPPOSITES = table("x y", """大 小 多 少 上 下 左 右 前 后 里 外 黑 白 冷 热 快 慢 远 近 早 晚 新 旧 好 坏 轻 重 厚 薄 宽 窄 长 短 粗 细
@@ -327,37 +350,45 @@ OPPOSITES = table("x y", """大 小 多 少 上 下 左 右 前 后 里 外 黑 
     整齐 凌乱 白天 黑夜 上升 下降 前进 后退 进步 退步 光明 黑暗 喜欢 讨厌 记住 忘记 表扬 批评 温暖 寒冷 快乐 悲伤 潮湿 干燥 增加 减少""")
 facts(30, OPPOSITES + [{"x": row["y"], "y": row["x"]} for row in OPPOSITES],
       "“{x}”的反义词是什么？ → “{x}”的反义词是“{y}”。", "{x}的反义词是？ → {y}。",
-      "“{x}”反过来说是什么？ → “{x}”反过来说是“{y}”。", "和“{x}”意思相反的词是什么？ → 和“{x}”意思相反的词是“{y}”。", follow="那“{x}”呢？")
+      "“{x}”反过来说是什么？ → “{x}”反过来说是“{y}”。", "和“{x}”意思相反的词是什么？ → 和“{x}”意思相反的词是“{y}”。",
+      follow="那“{x}”呢？")
 facts(10, table("x y", """高兴 开心 美丽 漂亮 立刻 马上 忽然 突然 明白 懂得 常常 经常 着急 焦急 害怕 恐惧 好像 仿佛 帮助 帮忙 愉快 快乐
     疲倦 疲劳 父亲 爸爸 母亲 妈妈 关心 关怀 非常 十分 也许 可能 温暖 暖和 看见 看到 喜爱 喜欢"""),
       "“{x}”的近义词是什么？ → “{x}”的近义词是“{y}”。", "{x}的近义词是？ → {y}。",
       "和“{x}”意思相近的词是什么？ → 和“{x}”意思相近的词是“{y}”。", follow="那“{x}”呢？")
-facts(28, table("x m", """书 本 笔 支 马 匹 牛 头 鱼 条 花 朵 树 棵 纸 张 汽车 辆 轮船 艘 飞机 架 雨伞 把 椅子 把 桌子 张 床 张 衣服 件 裤子 条
+facts(28, table("x m", """书 本 笔 支 马 匹 牛 头 鱼 条 花 朵 树 棵 纸 张 汽车 辆 轮船 艘 飞机 架 雨伞 把 椅子 把 桌子 张 床 张 衣服
+    件 裤子 条
     鞋子 双 帽子 顶 桥 座 山 座 河 条 路 条 井 口 灯 盏 镜子 面 红旗 面 画 幅 诗 首 歌 首 信 封 电视 台 电脑 台 刀 把 钥匙 把 筷子 双
     眼镜 副 葡萄 串 星星 颗 围巾 条 蛇 条 狗 只 鸟 只 鸡 只 羊 只 兔子 只 蜜蜂 只 猪 头 苹果 个 西瓜 个 雨 场 手表 块 石头 块 米 粒
     香蕉 根 火车 列 报纸 份 毛巾 条 老虎 只 青蛙 只 词典 本 毛衣 件 梨 个 袜子 双 气球 个"""),
       "一什么{x}？ → 一{m}{x}。", "“{x}”用什么量词？ → “{x}”用量词“{m}”。", "一___{x}，横线上填什么？ → 一{m}{x}。",
       "{x}的量词是什么？ → {x}的量词是“{m}”，比如一{m}{x}。", follow="那{x}呢？")
-facts(10, table("x c d", """小草 绿 红 天空 蓝 黄 雪 白 黑 番茄 红 蓝 香蕉 黄 紫 煤 黑 白 葡萄 紫 黄 牛奶 白 红 白云 白 绿 大海 蓝 红 菠菜 绿 白
+facts(10, table("x c d", """小草 绿 红 天空 蓝 黄 雪 白 黑 番茄 红 蓝 香蕉 黄 紫 煤 黑 白 葡萄 紫 黄 牛奶 白 红 白云 白 绿 大海 蓝 红
+    菠菜 绿 白
     茄子 紫 红 乌鸦 黑 白 柠檬 黄 黑 豆腐 白 黑 棉花 白 蓝 盐 白 红 草莓 红 黑 玉米 黄 蓝 黄瓜 绿 紫 向日葵 黄 黑 消防车 红 绿 樱桃 红 蓝"""),
       "{x}是什么颜色的？ → {x}是{c}色的。", "{x}的颜色是什么？ → {x}的颜色是{c}色。", "{x}是{c}色的吗？ → 是的，{x}是{c}色的。",
       "{x}是{d}色的吗？ → 不是，{x}是{c}色的。", follow="那{x}呢？")
 facts(5, table("x s", """猫 喵喵 狗 汪汪 公鸡 喔喔 鸭子 嘎嘎 羊 咩咩 牛 哞哞 青蛙 呱呱 蜜蜂 嗡嗡 老鼠 吱吱 小鸡 叽叽 猪 哼哼 母鸡 咯咯"""),
-      "{x}怎么叫？ → {x}“{s}”地叫。", "{x}的叫声是什么？ → {x}的叫声是“{s}”。", "谁“{s}”地叫？ → {x}“{s}”地叫。", follow="那{x}呢？")
+      "{x}怎么叫？ → {x}“{s}”地叫。", "{x}的叫声是什么？ → {x}的叫声是“{s}”。", "谁“{s}”地叫？ → {x}“{s}”地叫。",
+      follow="那{x}呢？")
 facts(7, table("x n", """狗 四 猫 四 牛 四 马 四 羊 四 兔子 四 老虎 四 大象 四 熊 四 乌龟 四 青蛙 四 鸡 两 鸭子 两 鹅 两 鸽子 两 麻雀 两
     蚂蚁 六 蜜蜂 六 蝴蝶 六 蜻蜓 六 蜘蛛 八"""),
-      "{x}有几条腿？ → {x}有{n}条腿。", "{x}长着几条腿？ → {x}长着{n}条腿。", "{x}的腿有几条？ → {x}的腿有{n}条。", follow="那{x}呢？")
+      "{x}有几条腿？ → {x}有{n}条腿。", "{x}长着几条腿？ → {x}长着{n}条腿。", "{x}的腿有几条？ → {x}的腿有{n}条。",
+      follow="那{x}呢？")
 facts(7, table("x h", """鱼 水里 鸟 鸟窝里 蜜蜂 蜂巢里 蚂蚁 地下的洞里 松鼠 树洞里 猴子 树林里 狗 狗窝里 马 马棚里 羊 羊圈里 猪 猪圈里
     鸡 鸡窝里 牛 牛棚里 青蛙 池塘里 骆驼 沙漠里 企鹅 南极 熊猫 竹林里 狮子 草原上 鲸鱼 大海里"""),
       "{x}住在哪里？ → {x}住在{h}。", "{x}的家在哪儿？ → {x}的家在{h}。", "谁住在{h}？ → {x}住在{h}。", follow="那{x}呢？")
 facts(7, table("x f", """兔子 萝卜 猫 鱼 狗 骨头 熊 蜂蜜 猴子 桃子 松鼠 松果 牛 草 熊猫 竹子 蜜蜂 花蜜 青蛙 虫子 老虎 肉 蚕 桑叶 老鼠 大米"""),
-      "{x}爱吃什么？ → {x}爱吃{f}。", "{x}最喜欢吃的东西是什么？ → {x}最喜欢吃的东西是{f}。", "谁爱吃{f}？ → {x}爱吃{f}。", follow="那{x}呢？")
+      "{x}爱吃什么？ → {x}爱吃{f}。", "{x}最喜欢吃的东西是什么？ → {x}最喜欢吃的东西是{f}。", "谁爱吃{f}？ → {x}爱吃{f}。",
+      follow="那{x}呢？")
 facts(8, table("x y", """中国 北京 日本 东京 法国 巴黎 英国 伦敦 美国 华盛顿 俄罗斯 莫斯科 德国 柏林 意大利 罗马 韩国 首尔 泰国 曼谷 越南 河内
     埃及 开罗 印度 新德里 西班牙 马德里 加拿大 渥太华 澳大利亚 堪培拉 希腊 雅典 古巴 哈瓦那 波兰 华沙 葡萄牙 里斯本"""),
-      "{x}的首都是哪里？ → {x}的首都是{y}。", "{x}的首都叫什么？ → {x}的首都叫{y}。", "{y}是哪个国家的首都？ → {y}是{x}的首都。", follow="那{x}呢？")
+      "{x}的首都是哪里？ → {x}的首都是{y}。", "{x}的首都叫什么？ → {x}的首都叫{y}。", "{y}是哪个国家的首都？ → {y}是{x}的首都。",
+      follow="那{x}呢？")
 facts(5, table("x s w", """3 春天 暖和 4 春天 暖和 5 春天 暖和 6 夏天 炎热 7 夏天 炎热 8 夏天 炎热 9 秋天 凉爽 10 秋天 凉爽 11 秋天 凉爽
     12 冬天 寒冷 1 冬天 寒冷 2 冬天 寒冷"""),
-      "{x}月是什么季节？ → {x}月是{s}。", "{x}月属于哪个季节？ → {x}月属于{s}。", "{x}月的天气怎么样？ → {x}月是{s}，天气{w}。", follow="那{x}月呢？")
+      "{x}月是什么季节？ → {x}月是{s}。", "{x}月属于哪个季节？ → {x}月属于{s}。", "{x}月的天气怎么样？ → {x}月是{s}，天气{w}。",
+      follow="那{x}月呢？")
 facts(5, table("x y z", "一 二 三 二 三 四 三 四 五 四 五 六 五 六 日 六 日 一 日 一 二"),
       "今天是星期{x}，明天是星期几？ → 明天是星期{y}。", "昨天是星期{x}，今天是星期几？ → 今天是星期{y}。",
       "今天是星期{y}，昨天是星期几？ → 昨天是星期{x}。", "今天是星期{x}，后天是星期几？ → 后天是星期{z}。",
@@ -368,18 +399,21 @@ facts(7, [{"x": n, "y": n + 1, "w": n - 1} for n in range(1, 21)],
 KINDS = {"水果": "苹果 香蕉 梨 桃子 葡萄 西瓜 草莓 橘子", "蔬菜": "白菜 萝卜 黄瓜 茄子 菠菜 土豆", "动物": "猫 狗 马 牛 大象 老虎 青蛙 猴子",
          "交通工具": "汽车 火车 飞机 轮船 自行车", "文具": "铅笔 橡皮 尺子 本子", "家具": "桌子 椅子 床 沙发 柜子",
          "衣服": "裤子 毛衣 裙子 衬衫 外套", "乐器": "钢琴 笛子 小提琴 口琴", "花": "玫瑰 菊花 荷花 桃花"}
-facts(24, [{"x": x, "k": kind, "j": list(KINDS)[(i + shift) % len(KINDS)]} for i, kind in enumerate(KINDS)
-           for x in KINDS[kind].split() for shift in (1, 2, 4)],
+facts(24, [{"x": x, "k": kind, "j": list(KINDS)[(i + shift) % len(KINDS)]}
+           for i, kind in enumerate(KINDS) for x in KINDS[kind].split() for shift in (1, 2, 4)],
       "{x}是什么？ → {x}是一种{k}。", "{x}是{k}吗？ → 是的，{x}是{k}。", "{x}是{j}吗？ → 不是，{x}是{k}，不是{j}。",
       "{x}是{k}还是{j}？ → {x}是{k}。", "{x}是{j}还是{k}？ → {x}是{k}。", follow="那{x}呢？")
-facts(20, [{"x": x, "y": y, "big": max(x, y), "small": min(x, y), "said": f"是的，{x}比{y}大" if x > y else f"不，{x}比{y}小"}
+facts(20, [{"x": x, "y": y, "big": max(x, y), "small": min(x, y),
+            "said": f"是的，{x}比{y}大" if x > y else f"不，{x}比{y}小"}
            for x in range(21) for y in range(21) if x != y],
-      "{x}和{y}哪个大？ → {big}比{small}大。", "{x}和{y}哪个小？ → {small}比{big}小。", "{x}比{y}大吗？ → {said}。", follow="那{x}和{y}呢？")
+      "{x}和{y}哪个大？ → {big}比{small}大。", "{x}和{y}哪个小？ → {small}比{big}小。", "{x}比{y}大吗？ → {said}。",
+      follow="那{x}和{y}呢？")
 
-# ---------------------------------------------------------------- small sums, small texts, small talk
+# ---------------------------------------------------------------- sums, texts, small talk
 
 WORDS = {"+": "加", "-": "减"}
-SUMS = [("+", x, z - x, z) for z in range(21) for x in range(z + 1)] + [("-", x, x - z, z) for x in range(21) for z in range(x + 1)]
+SUMS = [("+", x, z - x, z) for z in range(21) for x in range(z + 1)]
+SUMS += [("-", x, x - z, z) for x in range(21) for z in range(x + 1)]
 SUM_PHRASINGS = ["{x}{word}{y}等于几？ → {x}{word}{y}等于{z}。", "{x}{word}{y}是多少？ → {x}{word}{y}是{z}。",
                  "{x}{op}{y}=？ → {x}{op}{y}={z}"]
 SUM_STORIES = {
@@ -402,7 +436,8 @@ READINGS = [                                    # a text, then what one can ask 
      "{c}爱吃什么？ → {c}爱吃{f3}。", "谁爱吃{f2}？ → {b}爱吃{f2}。", "谁爱吃{f3}？ → {c}爱吃{f3}。"),
     ("{old}{see}。{a}看见了，[连忙|赶紧]跑过去帮忙。{old}说：“谢谢你，{a}！”", "谁帮助了{old}？ → {a}帮助了{old}。",
      "{a}帮助了谁？ → {a}帮助了{old}。", "最后谁说了谢谢？ → {old}说了谢谢。"),
-    ("{a}戴着{c1}帽子，{b}戴着{c2}帽子，{c}戴着{c3}帽子。", "谁戴着{c1}帽子？ → {a}戴着{c1}帽子。", "谁戴着{c3}帽子？ → {c}戴着{c3}帽子。",
+    ("{a}戴着{c1}帽子，{b}戴着{c2}帽子，{c}戴着{c3}帽子。", "谁戴着{c1}帽子？ → {a}戴着{c1}帽子。",
+     "谁戴着{c3}帽子？ → {c}戴着{c3}帽子。",
      "{b}戴着什么颜色的帽子？ → {b}戴着{c2}帽子。", "{c}戴着什么颜色的帽子？ → {c}戴着{c3}帽子。"),
     ("[今天开运动会。|大家来赛跑。]{a}得了第一名，{b}得了第二名，{c}得了第三名。", "谁得了第一名？ → {a}得了第一名。",
      "谁得了第二名？ → {b}得了第二名。", "谁得了第三名？ → {c}得了第三名。", "{b}得了第几名？ → {b}得了第二名。")]
@@ -422,8 +457,9 @@ TALK = [turn.split(" → ") for turn in (         # [a|b] here are ways to say t
 HELLO, THANKS = TALK[0], ["谢谢[你|][，小芽|]！", "不客气！"]
 SYSTEMS = ["你是小芽，一个友好的助手。", "你是小芽，请用简短的话回答问题。"]
 ASKING = ["", "", "", "请问，", "小芽，", "考考你：", "我想知道，", "请告诉我，", "你知道吗？"]       # before a question
-LISTENING = ["", "", "读一读：", "听我说：", "小芽，你听："]                                             # before a text
-STORY_REQUESTS = ["请讲一个{a}和{b}的故事。", "讲一个关于{a}和{b}的故事。", "给我讲个{a}和{b}的故事吧。", "讲一个关于{topic}的故事，主角是{a}。"]
+LISTENING = ["", "", "读一读：", "听我说：", "小芽，你听："]                   # before a text
+STORY_REQUESTS = ["请讲一个{a}和{b}的故事。", "讲一个关于{a}和{b}的故事。",
+                  "给我讲个{a}和{b}的故事吧。", "讲一个关于{topic}的故事，主角是{a}。"]
 
 
 def ask_fact(rng, known):
@@ -431,7 +467,9 @@ def ask_fact(rng, known):
     number, phrasing = pick(rng, list(known))
     row, *turns = pick(rng, known[number, phrasing])
     if FACTS[number]["follow"] and phrasing == 0:
-        back = [answer for other, _, answer in known[0, 0] if number == 0 and other["x"] == row["y"]]    # 0: opposites
+        back = []
+        if number == 0:                                                # opposites
+            back = [answer for other, _, answer in known[0, 0] if other["x"] == row["y"]]
         if back and rng.random() < 0.3:
             turns += ["那反过来呢？", *back]
         for other, _, answer in shuffled(rng, known[number, 0])[:pick(rng, [0, 1, 2])]:
@@ -441,8 +479,11 @@ def ask_fact(rng, known):
 
 def ask_sum(rng, sum_, in_words):
     """[question, answer] for ("+", 3, 4, 7), bare or as a little story."""
-    slots = cast(rng) | pick(rng, COUNTABLE) | dict(zip(("op", "x", "y", "z"), sum_), word=WORDS[sum_[0]])
-    return pick(rng, SUM_STORIES[sum_[0]] if in_words else SUM_PHRASINGS).format_map(slots).split(" → ")
+    op = sum_[0]
+    slots = cast(rng) | pick(rng, COUNTABLE)
+    slots |= dict(zip(("op", "x", "y", "z"), sum_), word=WORDS[op])
+    phrasing = pick(rng, SUM_STORIES[op] if in_words else SUM_PHRASINGS)
+    return phrasing.format_map(slots).split(" → ")
 
 
 def count_on(rng, sums):
@@ -450,18 +491,22 @@ def count_on(rng, sums):
     turns = []
     for i in range(pick(rng, [2, 3])):
         op, x, y, z = pick(rng, [sum_ for sum_ in sums if sum_[2] > 0 and (i == 0 or sum_[1] == z)])
-        turns += [f"再{WORDS[op]}{y}呢？" if i else f"{x}{WORDS[op]}{y}等于几？", f"{x}{WORDS[op]}{y}等于{z}。"]
+        sum_ = f"{x}{WORDS[op]}{y}"
+        turns += [f"再{WORDS[op]}{y}呢？" if i else f"{sum_}等于几？", f"{sum_}等于{z}。"]
     return turns
 
 
 def ask_text(rng):
-    """A short text with a question about it, perhaps with one or two more; every answer stands in the text."""
-    (lost, gift), colours, foods = shuffled(rng, PLOTS["找东西"][1])[:2], shuffled(rng, COLOURS), shuffled(rng, FOODS)
+    """A short text with one to three questions about it; every answer stands in the text."""
+    lost, gift = shuffled(rng, PLOTS["找东西"][1])[:2]
+    colours, foods = shuffled(rng, COLOURS), shuffled(rng, FOODS)
     slots = cast(rng) | dict(x=lost["x"], m=lost["m"], x2=gift["x"], m2=gift["m"],
-                             c1=colours[0], c2=colours[1], c3=colours[2], f1=foods[0], f2=foods[1], f3=foods[2],
+                             c1=colours[0], c2=colours[1], c3=colours[2],
+                             f1=foods[0], f2=foods[1], f3=foods[2],
                              see=pick(rng, TROUBLES), v=pick(rng, OUTINGS), day=pick(rng, DAYS))
     text, *pairs = pick(rng, READINGS)
-    asked = [pair.format_map(slots).split(" → ") for pair in shuffled(rng, pairs)[:pick(rng, [1, 1, 2, 3])]]
+    pairs = shuffled(rng, pairs)[:pick(rng, [1, 1, 2, 3])]
+    asked = [pair.format_map(slots).split(" → ") for pair in pairs]
     question, *turns = [turn for pair in asked for turn in pair]
     return [fill(rng, text, slots) + question, *turns]
 
@@ -486,14 +531,16 @@ def chat(rng):
 # ---------------------------------------------------------------- what is held out
 
 def split_facts(rng):
-    """({(table, phrasing): [(row, question, answer)]} to train on, {question: answer} to test with).
+    """({(table, phrasing): [(row, question, answer)]} to train on, {question: answer} to test).
 
-    A held-out question asks for a fact that is known, in a phrasing that is known, but training has never joined the two.
+    A held-out question asks for a fact that is known, in a phrasing that is known, but training has
+    never joined the two.
     """
     known, held_out = {}, {}
     for number, fact in enumerate(FACTS):
         rows, phrasings = fact["rows"], fact["phrasings"]
-        hidden = {i: pick(rng, range(len(phrasings))) for i in shuffled(rng, range(len(rows)))[:fact["quota"]]}
+        chosen = shuffled(rng, range(len(rows)))[:fact["quota"]]
+        hidden = {i: pick(rng, range(len(phrasings))) for i in chosen}
         asked = [(i, p, question.format_map(row), answer.format_map(row))
                  for i, row in enumerate(rows) for p, (question, answer) in enumerate(phrasings)]
         held_out |= {question: answer for i, p, question, answer in asked if hidden.get(i) == p}
@@ -504,17 +551,25 @@ def split_facts(rng):
 
 
 def split_sums(rng):
-    """(sums to train on, sums to test with). 7+5 is withheld in every phrasing, but 5+7 is there to be learned."""
+    """(sums to train on, sums to test with).
+
+    7+5 is withheld in every phrasing, but 5+7 is there to be learned.
+    """
     withheld = []
     for op, x, y, z in shuffled(rng, SUMS):
+        if len(withheld) == n_withheld:
+            break
         mirror = (op, y, x, z) if op == "+" else (op, x, z, y)
-        if min(x, y, z) > 0 and x != y != z and mirror not in withheld and len(withheld) < n_withheld:
+        if min(x, y, z) > 0 and x != y != z and mirror not in withheld:
             withheld.append((op, x, y, z))
     return [sum_ for sum_ in SUMS if sum_ not in withheld], withheld
 
 
 def dialogues(rng):
-    """(training dialogues, held-out dialogues), each a sequence of turns; what is held out is never asked in training."""
+    """(training dialogues, held-out dialogues), each a sequence of turns.
+
+    What is held out is never asked in training.
+    """
     (known, held_out), (sums, withheld) = split_facts(rng), split_sums(rng)
     held_out |= dict(ask_sum(rng, sum_, in_words=rng.random() < 0.5) for sum_ in withheld)
     while len(held_out) < n_heldout:
@@ -522,14 +577,20 @@ def dialogues(rng):
         held_out[question] = answer
 
     positive = [sum_ for sum_ in sums if min(sum_[1:]) > 0]
-    makers = [(30, ASKING, lambda: ask_fact(rng, known)),                 # share in %, what may stand before it, how
-              (30, LISTENING, lambda: ask_text(rng)),
-              (18, ASKING, lambda: ask_sum(rng, pick(rng, positive), in_words=True)),
-              (9, ASKING, lambda: count_on(rng, sums)), (9, [""], lambda: tell(rng)), (4, [""], lambda: chat(rng))]
+    makers = [                                  # share in %, what may stand before it, how
+        (30, ASKING, lambda: ask_fact(rng, known)),
+        (30, LISTENING, lambda: ask_text(rng)),
+        (18, ASKING, lambda: ask_sum(rng, pick(rng, positive), in_words=True)),
+        (9, ASKING, lambda: count_on(rng, sums)),
+        (9, [""], lambda: tell(rng)),
+        (4, [""], lambda: chat(rng))]
     makers = [maker for maker in makers for _ in range(maker[0])]
-    once = [item[1:] for items in known.values() for item in items]       # every fact, and every sum a few times
+    # every fact, and every sum a few times
+    once = [item[1:] for items in known.values() for item in items]
     once += [ask_sum(rng, sum_, in_words=False) for sum_ in sums * 4]
-    train = {(pick(rng, ASKING) + question, answer): None for question, answer in once}    # a dict: in order, none twice
+    train = {}                                  # a dict: in order, none twice
+    for question, answer in once:
+        train[pick(rng, ASKING) + question, answer] = None
     while len(train) < n_chats:
         _, frames, make = pick(rng, makers)
         question, *turns = make()
@@ -538,31 +599,40 @@ def dialogues(rng):
             thanks = [fill(rng, turn, {}) for turn in THANKS] if rng.random() < 0.1 else []
             train[(*hello, pick(rng, frames) + question, *turns, *thanks)] = None
     asked = {question for turns in train for question in turns[::2]}
-    assert not asked & held_out.keys(), f"held out, but asked in training: {sorted(asked & held_out.keys())}"
+    leaked = sorted(asked & held_out.keys())
+    assert not leaked, f"held out, but asked in training: {leaked}"
     return shuffled(rng, list(train)), list(held_out.items())
 
 
 # ---------------------------------------------------------------- the files
 
 def messages(rng, turns, system_share=0):
-    """The user and the assistant take turns; in a share of the dialogues the system has the first word."""
-    system = [{"role": "system", "content": pick(rng, SYSTEMS)}] if rng.random() < system_share else []
-    return system + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    """The user and the assistant take turns; in a share of the dialogues the system begins."""
+    found = []
+    if rng.random() < system_share:
+        found.append({"role": "system", "content": pick(rng, SYSTEMS)})
+    for i, turn in enumerate(turns):
+        found.append({"role": ("user", "assistant")[i % 2], "content": turn})
+    return found
 
 
 def write(name, records):
     with config.whole_file(f"{out_dir}/{name}") as f:
         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    texts = [text for record in records for text in
-             ([record["text"]] if "text" in record else [message["content"] for message in record["messages"]])]
+    texts = []
+    for record in records:
+        texts += [message["content"] for message in record.get("messages", [])]
+        texts += [record["text"]] if "text" in record else []
     print(f"{out_dir}/{name}: {len(records):,} records, {sum(map(len, texts)):,} characters")
 
 
 def main():
     rng = Random(seed)
-    train, held_out = dialogues(rng)             # first, and always whole: what is held out does not depend on the scale
+    # first, and always whole: what is held out does not depend on the scale
+    train, held_out = dialogues(rng)
     write("stories.jsonl", [{"text": text} for text in stories(rng, round(n_stories * scale))])
-    write("chat.jsonl", [{"messages": messages(rng, turns, 0.05)} for turns in train[:round(n_chats * scale)]])
+    train = train[:round(n_chats * scale)]
+    write("chat.jsonl", [{"messages": messages(rng, turns, 0.05)} for turns in train])
     write("heldout.jsonl", [{"messages": messages(rng, turns)} for turns in held_out])
 
 

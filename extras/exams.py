@@ -60,10 +60,12 @@ def read_rows(path):
     """[(line number, fields)] of a CSV file, and {reason: [lines]} of what is broken."""
     with open(path, "rb") as f:
         problems = []
-        text = b"".join(readers.blocks(f, problems)).decode("utf-8", "replace")
+        raw = b"".join(readers.blocks(f, problems))
     if problems:
         raise SystemExit(f"{path}: {problems[0]}")
-    rows, bad, reader = [], {}, csv.reader(io.StringIO(text, newline=""), strict=True)
+    text = io.StringIO(raw.decode("utf-8", "replace"), newline="")
+    rows, bad = [], {}
+    reader = csv.reader(text, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -85,19 +87,21 @@ def read_questions(path):
     Columns go by the header; without one they are MMLU's.
     """
     rows, bad = read_rows(path)
-    columns = [name.lower() for name in rows[0][1]] if rows else []
+    first = rows[0][1] if rows else []
+    columns = [name.lower() for name in first]
     if "question" in columns:
         if not set("abcd") <= set(columns):
-            raise SystemExit(f"{path}: its columns are {', '.join(rows[0][1])}; question, A, B, C "
+            raise SystemExit(f"{path}: its columns are {', '.join(first)}; question, A, B, C "
                              "and D are needed")
         del rows[0]
     else:
         widest = max((len(fields) for _, fields in rows), default=0)
         columns = ["question", "a", "b", "c", "d", "answer"][:widest]
-    has_answers = any(dict(zip(columns, fields)).get("answer") for _, fields in rows)
     questions = []
+    named = [dict(zip(columns, fields)) for _, fields in rows]
+    has_answers = any(row.get("answer") for row in named)
     for number, (line, fields) in enumerate(rows):
-        row = dict(zip(columns, fields))
+        row = named[number]
         options = [row.get(letter) for letter in "abcd"]
         if len(fields) != len(columns):
             reason = f"{len(fields)} fields instead of {len(columns)}"
@@ -110,9 +114,11 @@ def read_questions(path):
         elif has_answers and row["answer"] not in list(LETTERS):
             reason = "the answer is not A, B, C or D"
         else:
-            questions.append({"id": row.get("id") or row.get("") or str(number),
-                              "question": row["question"], "answer": row.get("answer", ""),
-                              **dict(zip(LETTERS, options))})
+            questions.append({
+                "id": row.get("id") or row.get("") or str(number),
+                "question": row["question"],
+                "answer": row.get("answer", ""),
+                **dict(zip(LETTERS, options))})
             continue
         bad.setdefault(reason, []).append(line)
     return questions, bad
@@ -126,7 +132,9 @@ def read_split(folder, name):
         subject = os.path.basename(path).removesuffix(".csv").removesuffix(f"_{name}")
         subjects[subject] = questions
         for reason, lines in bad.items():
-            numbers = ", ".join(map(str, lines[:9])) + (", ..." if len(lines) > 9 else "")
+            numbers = ", ".join(map(str, lines[:9]))
+            if len(lines) > 9:
+                numbers += ", ..."
             notes[f"{path}: {len(lines)} rows left out, {reason} (line {numbers})"] = len(lines)
     return subjects, notes
 
@@ -136,8 +144,11 @@ def read_split(folder, name):
 def wording(question, figure):
     """A question as the exam's authors write it; by text without its options."""
     *_, before, behind, _ = EXAMS[exam]
-    options = [f"\n{letter}. {question[letter]}" for letter in LETTERS]
-    return before + question["question"] + "".join(options if figure == "letter" else []) + behind
+    text = before + question["question"]
+    if figure == "letter":
+        for letter in LETTERS:
+            text += f"\n{letter}. {question[letter]}"
+    return text + behind
 
 
 def encode(tok, is_chat, name, examples, question, figure):
@@ -152,9 +163,10 @@ def encode(tok, is_chat, name, examples, question, figure):
     *_, title, _, _, gap = EXAMS[exam]
     texts = [wording(q, figure) for q in (*examples, question)]
     texts[0] = title.format(name) + texts[0]
-    by_text = figure == "text"
-    solutions = [q[q["answer"]] if by_text else q["answer"] for q in examples]
-    answers = [question[letter] if by_text else letter for letter in LETTERS]
+    solutions, answers = [q["answer"] for q in examples], list(LETTERS)
+    if figure == "text":
+        solutions = [q[q["answer"]] for q in examples]
+        answers = [question[letter] for letter in LETTERS]
     if is_chat:
         messages = []
         for text, solution in zip(texts, solutions):
@@ -164,7 +176,8 @@ def encode(tok, is_chat, name, examples, question, figure):
         return tok.prompt(messages), tok.encode_batch(answers)
     shown = [f"{text}{gap}{solution}\n\n" for text, solution in zip(texts, solutions)]
     text = "".join(shown) + texts[-1]
-    ids, *whole = tok.encode_batch([text] + [text + gap + answer for answer in answers])
+    whole_texts = [text + gap + answer for answer in answers]
+    ids, *whole = tok.encode_batch([text, *whole_texts])
     n = min(n_shared(ids, w) for w in whole)
     return [tok.bos_id] + ids[:n], [w[n:] for w in whole]
 
@@ -187,18 +200,27 @@ def answer(model, tok, is_chat, name, examples, questions, figure):
                 break
     encoded.sort(key=lambda row: -row[0])                     # those with most examples first
     prompts = [prompt for _, prompt, *_ in encoded]
-    prefix = prompts[0][:n_shared(*prompts[:2])] if len(prompts) > 1 else []
-    scores = score(model, prefix, prompts, [answers for _, _, answers, _ in encoded], batch_size)
+    choices = [answers for _, _, answers, _ in encoded]
+    prefix = []
+    if len(prompts) > 1:
+        prefix = prompts[0][:n_shared(*prompts[:2])]
+    scores = score(model, prefix, prompts, choices, batch_size)
     for (n, _, _, question), nats in zip(encoded, scores):
-        lengths = [len(question[letter]) if figure == "text" else 1 for letter in LETTERS]
-        question[figure] = [x / length for x, length in zip(nats, lengths)], n
+        if figure == "text":
+            nats = [x / len(question[letter]) for x, letter in zip(nats, LETTERS)]
+        question[figure] = nats, n
 
 
 # ---- likelihood of given answers -----------------------------------------------------------------
 
 def n_shared(a, b):
     """How many elements two lists begin with together."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n
 
 
 def answer_tree(prompt, answers, start):
@@ -208,8 +230,10 @@ def answer_tree(prompt, answers, start):
     1, 2, ... for the answers; and for every token of the answers, one answer after another, the
     index in the row of the token that predicts it.
     """
-    ids, positions = prompt[start:], list(range(start, len(prompt)))
-    branches, sources, last = [0] * len(ids), [], len(ids) - 1
+    ids = prompt[start:]
+    positions = list(range(start, len(prompt)))
+    branches, sources = [0] * len(ids), []
+    last = len(ids) - 1
     for branch, answer in enumerate(answers, start=1):
         n = len(answer) - 1                    # the last token of an answer is never an input
         sources += [last, *range(len(ids), len(ids) + n)]
@@ -228,9 +252,12 @@ def tree_mask(positions, branches, starts):
     B, T = positions.shape
     S = int(starts.max())
     prefix = torch.arange(S, device=starts.device) < starts[:, None]                 # (B, S)
-    same_text = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
-    earlier = positions[:, None] <= positions[:, :, None]                            # (B, T, T)
-    mask = torch.cat((prefix[:, None].expand(B, T, S), same_text & earlier), dim=-1)
+    prefix = prefix[:, None].expand(B, T, S)
+    is_prompt = branches[:, None] == 0
+    same_branch = branches[:, None] == branches[:, :, None]                          # (B, T, T)
+    earlier = positions[:, None] <= positions[:, :, None]
+    row = (is_prompt | same_branch) & earlier
+    mask = torch.cat((prefix, row), dim=-1)
     return mask[:, None]
 
 
@@ -257,11 +284,12 @@ def score(model, prefix, prompts, answers, batch_size):
     """
     device, size = model.norm.weight.device, model.config.max_seq_len
     for prompt, choices in zip(prompts, answers, strict=True):
-        if not prompt or not all(choices) or len(prompt) + max(map(len, choices)) > size + 1:
-            raise ValueError(f"a prompt of {len(prompt)} tokens with answers of "
-                             f"{list(map(len, choices))}; each needs at least 1, both together at "
-                             f"most max_seq_len + 1 ({size + 1})")
-    prefix = prefix[:max(n_shared(prefix, prompt) for prompt in prompts)] if prompts else []
+        n, lengths = len(prompt), list(map(len, choices))
+        if not n or not all(lengths) or n + max(lengths) > size + 1:
+            raise ValueError(f"a prompt of {n} tokens with answers of {lengths}; each needs at "
+                             f"least 1, both together at most max_seq_len + 1 ({size + 1})")
+    n_used = max((n_shared(prefix, prompt) for prompt in prompts), default=0)
+    prefix = prefix[:n_used]
     known = caches_after(model, [], 0, 1, len(prefix))
     if prefix:
         ids = torch.tensor([prefix], device=device)                                  # (1, S)
@@ -269,20 +297,26 @@ def score(model, prefix, prompts, answers, batch_size):
         causal = (positions <= positions[:, None])[None, None]                       # (1, 1, S, S)
         model.hidden(ids, model.rope[:, positions], causal, known)
     scores = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))         # little padding
     for at in range(0, len(order), batch_size):
         batch = order[at:at + batch_size]
-        starts = [min(n_shared(prefix, prompts[i]), len(prompts[i]) - 1) for i in batch]
-        rows = [answer_tree(prompts[i], answers[i], start) for i, start in zip(batch, starts)]
-        T = max(len(ids) for ids, *_ in rows)
-        x, positions, branches = (padded([row[part] for row in rows], T, fill).to(device)
-                                  for part, fill in enumerate((0, 0, -1)))           # (B, T)
+        starts, rows = [], []
+        for i in batch:
+            start = min(n_shared(prefix, prompts[i]), len(prompts[i]) - 1)
+            starts.append(start)
+            rows.append(answer_tree(prompts[i], answers[i], start))
+        ids, positions, branches, sources = zip(*rows)
+        T = max(map(len, ids))
+        x, positions, branches = (
+            padded(part, T, fill).to(device)
+            for part, fill in ((ids, 0), (positions, 0), (branches, -1)))            # (B, T)
         mask = tree_mask(positions, branches, torch.tensor(starts, device=device))
         caches = caches_after(model, known, max(starts), len(batch), T)
         h = model.hidden(x, model.rope[:, positions], mask, caches)                  # (B, T, C)
-        h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])            # (answer tokens, C)
+        h = torch.cat([h[b, at] for b, at in enumerate(sources)])              # (answer tokens, C)
         y = [id for i in batch for answer in answers[i] for id in answer]
-        log_p = iter((-model.token_nats(h, torch.tensor(y, device=device))).tolist())
+        nats = model.token_nats(h, torch.tensor(y, device=device))
+        log_p = iter((-nats).tolist())
         for i in batch:
             scores[i] = [sum(next(log_p) for _ in answer) for answer in answers[i]]
     return scores
@@ -290,7 +324,8 @@ def score(model, prefix, prompts, answers, batch_size):
 
 def padded(rows, length, fill):
     """Lists of ints as one tensor (B, length)."""
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+    whole = [row + [fill] * (length - len(row)) for row in rows]
+    return torch.tensor(whole)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -306,30 +341,38 @@ def standard_error(share, n):
 
     The usual sqrt(share (1 - share) / n) is 0 when all of three answers are right. Wilson 1927.
     """
-    return math.sqrt(share * (1 - share) / n + 1 / (4 * n * n)) / (1 + 1 / n)
+    variance = share * (1 - share) / n
+    return math.sqrt(variance + 1 / (4 * n * n)) / (1 + 1 / n)
 
 
 def accuracy(subjects, figure):
     """Accuracy on lists of questions, one a subject, in percent with standard errors: [mean of the
     subjects, share of all their questions together]."""
-    right = [sum(choice(q, figure) == q["answer"] for q in questions) for questions in subjects]
-    counts = list(map(len, subjects))
-    shares = [r / n for r, n in zip(right, counts)]
-    errors = [standard_error(share, n) for share, n in zip(shares, counts)]
+    n_right, n_all, shares, errors = 0, 0, [], []
+    for questions in subjects:
+        right, n = sum(choice(q, figure) == q["answer"] for q in questions), len(questions)
+        shares.append(right / n)
+        errors.append(standard_error(right / n, n))
+        n_right, n_all = n_right + right, n_all + n
+    share = n_right / n_all
     macro = sum(shares) / len(shares), math.hypot(*errors) / len(errors)
-    micro = sum(right) / sum(counts), standard_error(sum(right) / sum(counts), sum(counts))
+    micro = share, standard_error(share, n_all)
     return [f"{100 * share:.1f} ± {100 * error:.1f}" for share, error in (macro, micro)]
 
 
 def report(summary, notes, scored):
     """The page in Markdown. Its first paragraph is the summary. scored: {subject: questions}."""
-    lines = [summary, *([""] if notes else []), *(f"- {note}" for note in notes)]
+    lines = [summary]
+    if notes:
+        lines += ["", *(f"- {note}" for note in notes)]
     if scored:
         lines += ["", "| | questions | by letter: mean of subjects | of questions "
                   "| by text: mean of subjects | of questions |", "|---|---|---|---|---|---|"]
-    groups = {category: [word.partition("=")[0] for word in words.split()]
-              for category, words in SUBJECTS[exam].items()}
-    groups |= {"all": list(scored), **{subject: [subject] for subject in scored}}
+    groups = {}
+    for category, words in SUBJECTS[exam].items():
+        groups[category] = [word.partition("=")[0] for word in words.split()]
+    groups["all"] = list(scored)
+    groups |= {subject: [subject] for subject in scored}
     for name, members in groups.items():
         if subjects := [scored[subject] for subject in members if subject in scored]:
             figures = [share for figure in FIGURES for share in accuracy(subjects, figure)]
@@ -390,7 +433,8 @@ def main():
         answered[subject] = [q for q in questions if all(q[figure] for figure in FIGURES)]
         offered += len(solved) * len(answered[subject])
         for figure in FIGURES:
-            dropped[figure] += sum(len(solved) - q[figure][1] for q in answered[subject])
+            n_used = [q[figure][1] for q in answered[subject]]
+            dropped[figure] += len(solved) * len(n_used) - sum(n_used)
 
     scored, unscored = {}, {}
     for subject, questions in answered.items():
@@ -409,8 +453,9 @@ def main():
     if unscored:
         summary.append(f"{n_unscored:,} questions have no answer in their file, ours are in "
                        f"{files}.json")
-        choices = {subject: {q["id"]: choice(q, "letter") for q in questions}
-                   for subject, questions in unscored.items()}
+        choices = {
+            subject: {q["id"]: choice(q, "letter") for q in questions}
+            for subject, questions in unscored.items()}
         with config.whole_file(f"{files}.json") as f:
             json.dump(choices, f, indent=1)
     if shots:

@@ -5,9 +5,9 @@
 #     HUB=modelscope sh recipes/chat.sh       from modelscope.cn
 #
 # Interrupted? Run it again: it goes on where it was. Change what you like below. For the large
-# variant take pretrain_t2t.jsonl and sft_t2t.jsonl, about 14 GB, and as many more steps.
-# The addresses were not verified: they could not be reached when this was written. The learning
-# rates of fine-tuning are where to begin, not a measurement.
+# variant take pretrain_t2t.jsonl (10 GB) and sft_t2t.jsonl (14 GB), and as many more steps.
+# The addresses were not verified: they could not be reached when this was written. Sizes are those
+# of minimind's README. The learning rates of fine-tuning are where to begin, not a measurement.
 set -e
 cd "$(dirname "$0")/.."
 . recipes/common.sh
@@ -15,14 +15,16 @@ DATA=data/chat OUT=out/chat TOKENIZER=data/chat/tokenizer.model
 SHAPE="--dim=640 --n_layers=12 --n_heads=5"
 
 $PYTHON recipes/cost.py $SHAPE --vocab_size=8192 --pretrain_tokens=314_000_000 \
-    --sft_tokens=196_000_000 --download="2.8 GB" --disk="about 8 GB"
+    --sft_tokens=196_000_000 --download="2.9 GB" --disk="about 8 GB"
 
 download jingyaogong/minimind_dataset gongjy/minimind_dataset $DATA/raw \
     pretrain_t2t_mini.jsonl sft_t2t_mini.jsonl dpo.jsonl
 
 TEXT=minimind:$DATA/raw/pretrain_t2t_mini.jsonl CHAT=minimind:$DATA/raw/sft_t2t_mini.jsonl
 PAIRS=minimind_dpo:$DATA/raw/dpo.jsonl
-test -e $TOKENIZER || $PYTHON train_tokenizer.py --corpora=$TEXT,$CHAT --out=$TOKENIZER \
+# the tokenizer takes "minimind" for the texts; its dialogues have ShareGPT's form
+test -e $TOKENIZER || $PYTHON train_tokenizer.py --out=$TOKENIZER \
+    --corpora=$TEXT,sharegpt:$DATA/raw/sft_t2t_mini.jsonl \
     --vocab_size=8192 $TOKENIZER_ARGS
 test -e $DATA/bins/meta.json || $PYTHON prepare_pretrain.py --corpora=$TEXT \
     --tokenizer=$TOKENIZER --data_dir=$DATA/bins $PREPARE_ARGS

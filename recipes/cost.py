@@ -33,11 +33,12 @@ def main():
         model = Model(shape)
     flops = (pretrain_tokens + sft_tokens) * model.flops_per_token(max_seq_len)
     memory = model.bytes_to_train(rows, max_seq_len, torch.bfloat16) / 2**30
-    print(f"download    {download}")
+    print(f"download    {download}; no checksums are known")
     print(f"disk        {disk}")
     print(f"model       {model.n_params() / 1e6:.0f} M parameters; training takes about "
           f"{memory:.1f} GiB of the card's memory")
-    print(f"training    {pretrain_tokens / 1e6:,.0f} M tokens, fine-tuning {sft_tokens / 1e6:,.0f} M")
+    print(f"training    {pretrain_tokens / 1e6:,.0f} M tokens, "
+          f"fine-tuning {sft_tokens / 1e6:,.0f} M")
     for card, peak in CARDS.items():
         hours = flops / (UTILISATION * peak) / 3600
         print(f"{card:<11} about {hours:.1f} hours, computed: {flops:.2g} FLOP at "

@@ -20,7 +20,7 @@ fi
 
 # 20 tokens for each parameter: steps of 131,072 tokens
 $PYTHON recipes/cost.py $SHAPE --pretrain_tokens=$((STEPS * 131072)) --sft_tokens=196_000_000 \
-    --download="about 10 GB, not verified" --disk="about 40 GB"
+    --download="about 10 GB, unverified" --disk="about 40 GB"
 
 download pleisto/wikipedia-cn-20230720-filtered "" $DATA/wikipedia "*.json"
 download xuqinyang/BaiduBaike-5.63M "" $DATA/baidubaike "*.json*"

@@ -15,7 +15,8 @@ from model import Model, ModelConfig
 @pytest.fixture(scope="module")
 def model(tok):
     torch.manual_seed(2)
-    model = Model(ModelConfig(tok.vocab_size, 32, 2, 2, max_seq_len=128))
+    shape = ModelConfig(tok.vocab_size, 32, 2, 2, max_seq_len=128)
+    model = Model(shape)
     model.embedding.weight.data *= 20                       # far from uniform predictions
     return model.eval()
 
@@ -24,7 +25,8 @@ def naive_log_likelihood(model, tok, text):
     ids, total = [tok.bos_id], 0.0
     for token in tok.encode(text):
         with torch.no_grad():
-            logs = model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
+            logits = model(torch.tensor([ids]))[0, -1]
+        logs = logits.double().log_softmax(-1)
         total += logs[token].item()
         ids.append(token)
     return total
@@ -33,7 +35,8 @@ def naive_log_likelihood(model, tok, text):
 @pytest.mark.parametrize("make", endings.SETS)
 def test_four_different_texts_of_one_length(make):
     questions = list(make(Random(3)))
-    assert len(questions) >= 50 and questions == list(make(Random(3)))
+    assert len(questions) >= 50
+    assert questions == list(make(Random(3)))
     for texts in questions:
         assert len(set(texts)) == 4
         assert len(set(map(len, texts))) == 1
@@ -80,8 +83,11 @@ def test_the_table_stands_beside_the_checkpoint(model, tok, tmp_path, monkeypatc
     here = tokenizers.load(str(tmp_path / "tok.model"))
     path = tmp_path / "best.pt"
     checkpoints.save(path, {
-        "stage": "pretrain", "model": model.state_dict(), "shape": vars(model.config),
-        "tokenizer": here.name, "tokenizer_sha256": here.sha256})
+        "stage": "pretrain",
+        "model": model.state_dict(),
+        "shape": vars(model.config),
+        "tokenizer": here.name,
+        "tokenizer_sha256": here.sha256})
     monkeypatch.setattr(endings, "checkpoint", str(path))
     monkeypatch.setattr(endings, "n_questions", 7)
     monkeypatch.setattr(endings, "device", "cpu")
@@ -91,6 +97,8 @@ def test_the_table_stands_beside_the_checkpoint(model, tok, tmp_path, monkeypatc
     rows = re.findall(r"^\| ([a-z ]+) \| (\d+) \| ([\d.]+)", page, re.M)
     assert [name for name, _, _ in rows] == [
         "measure words", "antonyms", "sums", "idioms", "stories", "mean of the sets"]
-    assert [n for _, n, _ in rows] == ["7", "7", "7", "7", "7", "35"]
+    n_questions = [int(n) for _, n, _ in rows]
+    assert n_questions == [7, 7, 7, 7, 7, 35]
     shares = [float(share) for *_, share in rows]
-    assert shares[-1] == pytest.approx(sum(shares[:5]) / 5, abs=0.1)
+    mean = sum(shares[:5]) / 5
+    assert shares[-1] == pytest.approx(mean, abs=0.1)

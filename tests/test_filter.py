@@ -32,7 +32,7 @@ def write_texts(path, texts):
 
 @pytest.fixture(scope="module")
 def folder(tok, tmp_path_factory):
-    """Bins of 30 stories, some longer than a row, with 10 lines of noise in between; a checkpoint."""
+    """Bins of 30 stories, some longer than a row, and 10 lines of noise; a checkpoint."""
     path, rng = tmp_path_factory.mktemp("filter"), random.Random(4)
     shutil.copy(tok.name, path / "tok.model")
     here = tokenizers.load(str(path / "tok.model"))
@@ -40,12 +40,16 @@ def folder(tok, tmp_path_factory):
     texts = []
     for line in noise:
         texts.append(line)
-        texts += [story(rng, rng.choice([1, 2, 6])) for _ in range(3)]
+        for _ in range(3):
+            n_sentences = rng.choice([1, 2, 6])
+            texts.append(story(rng, n_sentences))
     write_pretrain(path / "bins", here, texts, [story(rng, 2)])
-    write_texts(path / "good.jsonl", [story(rng, 4) for _ in range(30)])
+    good = [story(rng, 4) for _ in range(30)]
+    write_texts(path / "good.jsonl", good)
     write_texts(path / "other.jsonl", noise)
     torch.manual_seed(1)
-    model = Model(ModelConfig(here.vocab_size, 32, 2, 2, max_seq_len=T))
+    shape = ModelConfig(here.vocab_size, 32, 2, 2, max_seq_len=T)
+    model = Model(shape)
     model.embedding.weight.data *= 20                          # far from uniform predictions
     checkpoints.save(path / "model.pt", {
         "stage": "pretrain",
@@ -78,7 +82,8 @@ def filtered(folder, monkeypatch, capsys):
 def documents(path, tok, kind="<u2"):
     ids = np.fromfile(path, kind).astype(int)
     ends = np.flatnonzero(ids == tok.eos_id) + 1
-    return [d.tolist() for d in np.split(ids, ends)[:-1]]
+    parts = np.split(ids, ends)[:-1]
+    return [part.tolist() for part in parts]
 
 
 def naive_bits_per_byte(model, docs, tok):
@@ -87,15 +92,18 @@ def naive_bits_per_byte(model, docs, tok):
     for ids in docs:
         nats, begin = 0.0, 0
         while begin < len(ids):
-            end = min(len(ids), begin + T - (at + begin) % T)
+            left = T - (at + begin) % T
+            end = min(len(ids), begin + left)
             before = ids[begin - 1] if begin else tok.bos_id
-            x = torch.tensor([[before] + ids[begin:end - 1]])
-            logs = model(x)[0].double().log_softmax(-1)
+            x = [before] + ids[begin:end - 1]
+            logits = model(torch.tensor([x]))[0]
+            logs = logits.double().log_softmax(-1)
             for row, target in zip(logs, ids[begin:end]):
                 nats -= row[target].item()
             begin = end
         at += len(ids)
-        scores.append(nats / math.log(2) / len(tok.decode(ids).encode()))
+        n_bytes = len(tok.decode(ids).encode())
+        scores.append(nats / math.log(2) / n_bytes)
     return np.array(scores)
 
 
@@ -105,31 +113,34 @@ def test_bits_per_byte_drop_both_tails(folder, tok, filtered):
     docs = documents(folder / "bins/train.bin", tok)
     with torch.no_grad():
         expected = naive_bits_per_byte(model, docs, tok)
-    printed = filtered(checkpoint="model.pt", drop_low=0.1, drop_high=0.2, batch_tokens=3 * T)
+    printed = filtered(
+        checkpoint="model.pt", drop_low=0.1, drop_high=0.2, batch_tokens=3 * T)
     low, high = np.quantile(expected, [0.1, 0.8])
-    kept = [d for d, score in zip(docs, expected) if low <= score <= high]
+    kept = [
+        ids for ids, score in zip(docs, expected)
+        if low <= score <= high]
     assert len(kept) == 28
     assert documents(folder / "out/train.bin", tok) == kept
     shown = re.findall(r"^ *(\d+\.\d{4}) \|", printed, re.M)
-    shown, expected = np.array(shown, float), np.sort(expected)
-    np.testing.assert_allclose(shown[:20], expected[:20], atol=1e-3)
-    np.testing.assert_allclose(shown[20:], expected[:-21:-1], atol=1e-3)
+    expected = np.sort(expected)
+    expected = [*expected[:20], *expected[:-21:-1]]
+    np.testing.assert_allclose(np.array(shown, float), expected, atol=1e-3)
 
 
 def test_the_result_is_a_bin_like_any_other(folder, tok, filtered):
     """Counts and checksums are those of the files; pretrain.py reads it; val.bin is untouched."""
-    filtered(checkpoint="model.pt")
+    printed = filtered(checkpoint="model.pt")
     meta = json.loads((folder / "out/meta.json").read_text("utf-8"))
     docs = documents(folder / "out/train.bin", tok)
-    assert meta["train"] == {
-        "documents": len(docs),
-        "tokens": sum(map(len, docs)),
-        "bytes": sum(len(tok.decode(d).encode()) for d in docs)}
-    row = meta["corpora"]["bins"]
-    assert row["records"] == row["documents"] + sum(row["dropped"].values()) == 40
+    assert meta["train"] == sizes(docs, tok)
+    assert "counted as one corpus, unknown" in printed
+    row = meta["corpora"]["unknown"]
+    n_dropped = sum(row["dropped"].values())
+    assert row["records"] == row["documents"] + n_dropped == 40
     assert meta["before"]["train"]["documents"] == 40
-    out = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
-    for name in "train.bin", "val.bin":
+    files = (folder / "out").iterdir()
+    out = {path.name: path.read_bytes() for path in files}
+    for name in "train.bin", "val.bin", "train.corpus", "val.corpus":
         assert meta["crc32"][name] == zlib.crc32(out[name])
     assert out["val.bin"] == (folder / "bins/val.bin").read_bytes()
     assert out["scores.png"].startswith(b"\x89PNG")
@@ -137,10 +148,103 @@ def test_the_result_is_a_bin_like_any_other(folder, tok, filtered):
     assert done.rc == 0, done.err
 
 
+def sizes(docs, tok):
+    return {
+        "documents": len(docs),
+        "tokens": sum(map(len, docs)),
+        "bytes": sum(len(tok.decode(d).encode()) for d in docs)}
+
+
+def with_corpora(folder, name):
+    """Bins like those of the fixture, with the corpus of each document in files beside them."""
+    shutil.copytree(folder / "bins", folder / name)
+    meta = json.loads((folder / "bins/meta.json").read_text("utf-8"))
+    row = {"documents": 0, "tokens": 0, "bytes": 0}
+    meta["corpora"] = {"text:noise": row, "text:empty": row, "text:stories": row}
+    # each line of noise is followed by three stories
+    numbers = np.array([0, 2, 2, 2] * 10, "<u2")
+    parts = {"train": numbers, "val": numbers[-1:]}
+    if name == "shards":
+        parts = {
+            "train-00000": numbers[:17],
+            "train-00001": numbers[17:],
+            "val": numbers[-1:]}
+    for part, its_numbers in parts.items():
+        its_numbers.tofile(folder / name / f"{part}.corpus")
+        meta["crc32"][f"{part}.corpus"] = zlib.crc32(its_numbers)
+    (folder / name / "meta.json").write_text(json.dumps(meta), "utf-8")
+
+
+def is_story(ids, tok):
+    return tok.decode(ids).startswith("从前")
+
+
+@pytest.mark.parametrize("bins", ["mixed", "shards"])
+def test_what_is_dropped_is_counted_by_corpus_and_reason(folder, tok, filtered, bins):
+    with_corpora(folder, bins)
+    out = folder / f"{bins}_out"
+    printed = filtered(
+        **LIKENESS, data_dir=bins, out_dir=str(out), drop_low=0.2, drop_high=0.1)
+    meta = json.loads((out / "meta.json").read_text("utf-8"))
+    rows = meta["corpora"]
+    assert list(rows) == ["text:noise", "text:empty", "text:stories"]
+    n_records = [row["records"] for row in rows.values()]
+    assert n_records == [10, 0, 30]
+    kept = documents(out / "train.bin", tok)
+    assert len(kept) == 28
+    expected = [2 if is_story(ids, tok) else 0 for ids in kept]
+    assert np.fromfile(out / "train.corpus", "<u2").tolist() == expected
+
+    before = documents(folder / bins / "train.bin", tok)
+    for name, story in ("text:noise", False), ("text:stories", True):
+        row = rows[name]
+        its = [ids for ids in before if is_story(ids, tok) == story]
+        stay = sizes([ids for ids in its if ids in kept], tok)
+        lost = sizes([ids for ids in its if ids not in kept], tok)
+        assert {figure: row[figure] for figure in script.FIGURES} == stay
+        for key, n in zip(script.DROPPED, lost.values()):
+            assert sum(row[key].values()) == n
+    # the lowest are noise, the highest are stories
+    low, high = rows["text:noise"]["dropped"]
+    assert "below" in low and "above" in high
+    assert rows["text:noise"]["dropped"] == {low: 8, high: 0}
+    assert rows["text:stories"]["dropped"] == {low: 0, high: 4}
+
+    row = rows["text:stories"]
+    lines = [[row[figure] for figure in script.FIGURES]]
+    for reason in low, high:
+        lines.append([row[key][reason] for key in script.DROPPED])
+    table = printed[printed.index("text:stories"):]
+    shown = re.findall(r"^ +([\d,]+) +([\d,]+) +([\d,]+)  (?:kept|dropped: .*)$", table, re.M)
+    assert shown == [tuple(f"{number:,}" for number in line) for line in lines]
+
+
+def test_a_corpus_file_that_does_not_fit_is_refused(folder, filtered):
+    with_corpora(folder, "broken")
+    path = folder / "broken/train.corpus"
+    np.array([2] * 40, "<u2").tofile(path)
+    with pytest.raises(SystemExit, match="train.corpus: damaged"):
+        filtered(**LIKENESS, data_dir="broken")
+    path.unlink()
+    with pytest.raises(SystemExit, match="train.corpus: missing"):
+        filtered(**LIKENESS, data_dir="broken")
+
+
+def test_bins_of_another_preparation_are_refused(folder, filtered):
+    with_corpora(folder, "other")
+    path = folder / "other/meta.json"
+    meta = json.loads(path.read_text("utf-8"))
+    meta["val"]["documents"] = 2
+    path.write_text(json.dumps(meta), "utf-8")
+    with pytest.raises(SystemExit, match="val.corpus: of 1 documents, where meta.json says 2"):
+        filtered(**LIKENESS, data_dir="other")
+
+
 def test_likeness_tells_noise_from_stories(folder, tok, filtered):
     filtered(**LIKENESS, drop_low=0.25, drop_high=0.0)
-    kept = [tok.decode(d) for d in documents(folder / "out/train.bin", tok)]
-    assert len(kept) == 30 and all(text.startswith("从前") for text in kept)
+    kept = documents(folder / "out/train.bin", tok)
+    assert len(kept) == 30
+    assert all(is_story(ids, tok) for ids in kept)
 
 
 def test_bins_of_four_bytes(folder, tok, filtered):
@@ -150,12 +254,14 @@ def test_bins_of_four_bytes(folder, tok, filtered):
         ids = np.fromfile(folder / "wide" / name, "<u2").astype("<u4")
         ids.tofile(folder / "wide" / name)
         meta["crc32"][name] = zlib.crc32(ids.tobytes())
-    (folder / "wide/meta.json").write_text(json.dumps({**meta, "dtype": "uint32"}), "utf-8")
+    meta["dtype"] = "uint32"
+    (folder / "wide/meta.json").write_text(json.dumps(meta), "utf-8")
     filtered(**LIKENESS, out_dir="two")
     filtered(**LIKENESS, data_dir="wide", out_dir="four")
     kept = documents(folder / "two/train.bin", tok)
     assert kept and documents(folder / "four/train.bin", tok, "<u4") == kept
-    assert json.loads((folder / "four/meta.json").read_text("utf-8"))["dtype"] == "uint32"
+    meta = json.loads((folder / "four/meta.json").read_text("utf-8"))
+    assert meta["dtype"] == "uint32"
 
 
 @pytest.mark.parametrize("constants, sentence", [

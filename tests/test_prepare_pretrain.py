@@ -88,7 +88,13 @@ def test_every_document_is_there_whole_and_once(tmp_path, model, texts):
     assert sorted(everything) == sorted(text.strip() for text in texts + [long])
     assert splits["train"] != [text for text in texts if text in set(splits["train"])]      # shuffled
     assert 0.05 < len(splits["val"]) / len(everything) < 0.16
-    assert sorted(os.listdir(tmp_path / "out")) == ["meta.json", "train.bin", "val.bin"]    # and no scratch files
+    names = ["meta.json", "train.bin", "train.corpus", "val.bin", "val.corpus"]
+    assert sorted(os.listdir(tmp_path / "out")) == names                     # and no scratch files
+    first = {text.strip() for text in texts[:500]}
+    for split, found in splits.items():
+        numbers = np.fromfile(tmp_path / "out" / f"{split}.corpus", "<u2")
+        assert numbers.tolist() == [int(text not in first) for text in found]
+        assert meta["crc32"][f"{split}.corpus"] == zlib.crc32(numbers)
     expected = {"format": 1, "tokenizer": model, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size,
                 "bos_id": 1, "eos_id": 2}
     assert {key: meta[key] for key in expected} == expected
@@ -107,7 +113,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, model, texts):
         out = tmp_path / f"out{workers}"
         code, said = prepare(f"text:{path}", model, out, f"--workers={workers}", "--val_fraction=0.1")
         assert code == 0, said
-        made.append({name: (out / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")})
+        made.append({name: (out / name).read_bytes() for name in os.listdir(out)})
     assert made[0] == made[1] == made[2]
     assert prepare(f"text:{path}", model, tmp_path / "seed", "--seed=2", "--val_fraction=0.1")[0] == 0
     assert (tmp_path / "seed" / "train.bin").read_bytes() != made[0]["train.bin"]

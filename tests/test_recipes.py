@@ -23,7 +23,7 @@ SMALL = {
     "TOKENIZER_ARGS": "--vocab_size=400 --test_fraction=0.1",
     "PREPARE_ARGS": "--workers=1 --val_fraction=0.1",
     "PREPARE_SFT_ARGS": "--workers=1 --val_fraction=0.3 --test_fraction=0.2",
-    "PRETRAIN_ARGS": "--dim=32 --n_layers=1 --n_heads=2 --max_seq_len=64 --batch_tokens=128 "
+    "PRETRAIN_ARGS": "--dim=32 --n_layers=1 --n_heads=2 --max_seq_len=128 --batch_tokens=128 "
                      "--max_steps=2 --device=cpu --sample_prompts=",
     "SFT_ARGS": "--batch_tokens=128 --max_steps=2 --device=cpu",
     "DPO_ARGS": "--batch_pairs=2 --max_steps=2 --device=cpu",
@@ -43,12 +43,25 @@ def questions(rng, n):
         yield f"{i}，{question}", answer
 
 
+def turns(question, answer):
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer}]
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Data sets by their names on huggingface.co, in the schemas that their readers name."""
     folder, rng = tmp_path_factory.mktemp("hub"), random.Random(6)
     texts = [story(rng, 4) for _ in range(60)]
-    write_lines(folder / "stories.json", [{"story_zh": text} for text in texts])
+    write_lines(folder / "stories.json", [{
+        "story": "Once",
+        "story_zh": text,
+        "summary": "A story.",
+        "source": "GPT-4",
+        "instruction": {
+            "prompt:": "Write", "words": ["dog", f"number {i}"], "features": ["Dialogue"]}}
+        for i, text in enumerate(texts)])
     archive = folder / "adam89/TinyStoriesChinese/data.tar.gz"
     archive.parent.mkdir(parents=True)
     with tarfile.open(archive, "w:gz") as tar:
@@ -61,8 +74,7 @@ def hub(tmp_path_factory):
                            {"role": "assistant", "content": answer, **none}]}
         for question, answer in questions(rng, 40)])
     write_lines(minimind / "dpo.jsonl", [
-        {"chosen": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-         "rejected": [{"role": "user", "content": question}, {"role": "assistant", "content": "不知道"}]}
+        {"chosen": turns(question, answer), "rejected": turns(question, "不知道")}
         for question, answer in questions(rng, 20)])
     write_lines(folder / "pleisto/wikipedia-cn-20230720-filtered/wiki.json",
                 [{"completion": text} for text in texts[:20]])
@@ -143,7 +155,8 @@ def test_every_recipe_says_its_cost_first(done):
 
 def test_every_recipe_ends_with_a_model(done):
     for name, path, stage in (
-            ("stories", "out/stories/best.pt", "pretrain"),
+            ("stories", "out/stories/pretrain/best.pt", "pretrain"),
+            ("stories", "out/stories/sft/best.pt", "sft"),
             ("chat", "out/chat/sft/best.pt", "sft"), ("chat", "out/chat/dpo/best.pt", "dpo"),
             ("encyclopedia", "out/encyclopedia98/sft/best.pt", "sft"),
             ("identity", "out/identity/best.pt", "sft")):
@@ -158,18 +171,18 @@ def test_every_recipe_ends_with_a_model(done):
 
 def test_all_records_of_the_schemas_are_read(done):
     """No record is dropped but duplicates: the schemas are those that the readers expect."""
-    for name, total in ("stories", 60), ("chat", 60), ("encyclopedia", 60):
+    for name, total, dialogues in ("stories", 60, 60), ("chat", 60, 40), ("encyclopedia", 60, 40):
         folder = done[name][0] / "data" / name
         meta = json.loads((folder / "bins/meta.json").read_text("utf-8"))
         rows = meta["corpora"].values()
         assert sum(row["records"] for row in rows) == total
         for row in rows:
             assert all("duplicate" in reason for reason in row["dropped"])
-        if name != "stories":
-            meta = json.loads((folder / "sft/meta.json").read_text("utf-8"))
-            examples = sum(meta[part]["examples"] for part in ("train", "val"))
-            with open(folder / "sft/test.jsonl", encoding="utf-8") as f:
-                assert examples + len(f.readlines()) == 40
+        meta = json.loads((folder / "sft/meta.json").read_text("utf-8"))
+        examples = sum(meta[part]["examples"] for part in ("train", "val"))
+        with open(folder / "sft/test.jsonl", encoding="utf-8") as f:
+            assert examples + len(f.readlines()) == dialogues
+    assert "dropped: no text" not in done["chat"][1]        # the tokenizer saw the dialogues, too
 
 
 def test_identity_asks_90_questions(done):
@@ -187,7 +200,7 @@ def test_a_second_run_repeats_neither_download_nor_data(done, hub):
     before = (folder / "data/stories/bins/meta.json").stat().st_mtime_ns
     output = end(start(folder, "stories", hub, PRETRAIN_ARGS=SMALL["PRETRAIN_ARGS"].replace(
         "--max_steps=2", "--max_steps=3")))
-    assert "going on with out/stories/last.pt from step 2" in output
+    assert "going on with out/stories/pretrain/last.pt from step 2" in output
     assert (folder / "data/stories/bins/meta.json").stat().st_mtime_ns == before
     assert (hub / "calls").read_text() == calls
 
