@@ -18,7 +18,7 @@ import math
 LETTERS = ["a"]
 steps   = 1_000              # optimizer steps
 rate    = 3e-4               # of learning; "#" stands in here
-shift   = -1                 # below zero
+shift   = 1                  # of the start
 name    = "out/a # b"        # a folder
 compile = False              # faster
 limit   = 10                 # of documents; 0: all
@@ -35,7 +35,7 @@ def override(tmp_path):
 
     def call(*argv):
         namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": "A script.", "later": 3,
-                     "LETTERS": ["a"], "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b",
+                     "LETTERS": ["a"], "steps": 1000, "rate": 3e-4, "shift": 1, "name": "out/a # b",
                      "compile": False, "limit": 10}
         constants = config.override(namespace, list(argv))
         assert all(namespace[key] == value for key, value in constants.items())
@@ -51,12 +51,12 @@ def refused(call, *argv):
 
 
 def test_without_arguments_the_constants_are_those_of_the_file(override):
-    assert override() == {"steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False,
+    assert override() == {"steps": 1000, "rate": 3e-4, "shift": 1, "name": "out/a # b", "compile": False,
                           "limit": 10}
 
 
 @pytest.mark.parametrize("argument, name, value", [
-    ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
+    ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3),
     ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
     ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0), ("--steps=0", "steps", 0),
     ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
@@ -68,11 +68,13 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
 
 
 @pytest.mark.parametrize("argument, said", [
-    ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"),
-    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "write --steps=1000"),
+    ("--steps=1.5", "whole number"), ("--steps=", "whole number"), ("--rate=fast", "a number"),
+    ("--rate=nan", "a number"),
+    ("--rate=inf", "a number"), ("--compile=maybe", "true or false"), ("--steps", "write --steps=1000"),
     ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
-    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
+    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "from 0"), ("--limit=-1", "from 0"),
+    ("--rate=-1e-3", "from 0"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
@@ -109,14 +111,14 @@ def test_help_prints_every_constant_with_default_and_comment(override, capsys):
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     shown = {line[1]: line[-1].strip() for line in lines if len(line) > 1}
     assert shown == {"--steps=1000": "optimizer steps", "--rate=0.0003": 'of learning; "#" stands in here',
-                     "--shift=-1": "below zero", "--name='out/a # b'": "a folder", "--compile=False": "faster",
+                     "--shift=1": "of the start", "--name='out/a # b'": "a folder", "--compile=False": "faster",
                      "--limit=10": "of documents; 0: all"}
 
 
 def test_an_imported_script_ignores_the_command_line(override, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "--steps=9", "-q"])
     namespace = {"__name__": "script", "__file__": str(tmp_path / "script.py"), "__doc__": "", "steps": 1000,
-                 "rate": 3e-4,                  "shift": -1, "name": "", "compile": False, "limit": 10}
+                 "rate": 3e-4,                  "shift": 1, "name": "", "compile": False, "limit": 10}
     assert config.override(namespace)["steps"] == 1000
     assert config.override({**namespace, "__name__": "__mp_main__"}, ["--steps=9"])["steps"] == 9   # a spawned worker
 
