@@ -108,7 +108,7 @@ def test_plain_file_agrees_with_sentencepiece(plain):
 
 def test_four_ids_stand_behind_a_file_of_chatglm2s_size(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda sp: 64_789)
-    monkeypatch.setattr(tokenizer, "piece_bytes", lambda sp, id: b"x")
+    monkeypatch.setattr(tokenizer, "piece_bytes", lambda sp, id, name: b"x")
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "is_control", lambda sp, id: False)
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "id_to_piece", lambda sp, id: str(id))
     t = tokenizer.load(plain.name)
@@ -186,11 +186,11 @@ def test_prompt_is_what_render_begins_with(tok, plain, ranks):
 
 
 @pytest.mark.parametrize("name, content, said",
-                         [("no.model", None, "train_tokenizer.py"), ("no.tiktoken", None, "base64"),
+                         [("no.model", None, "train_tokenizer.py"), ("no.tiktoken", None, "--tokenizer=gpt2"),
                           ("no_such_name", None, "cl100k_base"),
                           ("bad.model", b"", "not a whole sentencepiece model"),
                           ("bad.model", b"junk" * 99, "not a whole sentencepiece model"),
-                          ("bad.tiktoken", b"IQ== 0\nIg==\n", "line 2"),
+                          ("bad.tiktoken", b"IQ== 0\nIg==\n", "not a whole rank file"),
                           ("bad.tiktoken", b"IQ== 0\nIg== 5\n", "not a whole rank file"),
                           ("bad.tiktoken", "你 0\n".encode(), "base64")])
 def test_missing_and_broken_files_end_in_one_sentence(tmp_path, name, content, said):
