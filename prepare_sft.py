@@ -332,9 +332,14 @@ def main():
             shown = write(files, found, {**by_corpus, **splits})
         for row in by_corpus.values():
             row["dropped"] = {str(bad): n for bad, n in row["dropped"].items()}
-        if not splits["train"]["examples"]:
-            print_report(by_corpus)
+        print_figures({**by_corpus, **splits})
+        n = splits["train"]["examples"]
+        if not n:
             raise SystemExit(f"{corpora}: no dialogue is left to train on")
+        if val_fraction and not splits["val"]["examples"]:
+            raise SystemExit(f"{corpora}: too few dialogues for --val_fraction={val_fraction}: "
+                             f"none is held out for validation; --val_fraction="
+                             f"{min(0.5, 5 / n):.2g} holds out some")
         meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
                 "dtype": tok.id_dtype, "pairs": pairs == {True}, "seed": seed,
@@ -344,10 +349,8 @@ def main():
                 "crc32": {".".join(name): file.crc32 for name, file in files.items()},
                 "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
         json.dump(meta, meta_file, ensure_ascii=False, indent=1)
-    print_figures({**by_corpus, **splits})
     print_examples(tok, shown)
-    print(f"\nwrote {data_dir}: {splits['train']['examples']:,} examples to train on, "
-          f"{splits['val']['examples']:,} to validate, {splits['test']['examples']:,} to test")
+    print(f"\nwrote {data_dir}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def load(name):
     return from_tiktoken(name, named_encoding(name))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tokenizer:
     """A vocabulary: what load() gives, whatever it was read from."""
     name: str               # as given to load(); a worker process loads its own by this name

@@ -181,8 +181,8 @@ def main():
         json.dump({"constants": constants, "sha256": tok.sha256, "held_out": figures}, f,
                   ensure_ascii=False, indent=1)
     print("on held-out text:")
-    for name, by_corpus in figures.items():
-        print_report({f"{name} on {corpus}": row for corpus, row in by_corpus.items()})
+    print_report({f"{name} on {corpus}": row for name, by_corpus in figures.items()
+                  for corpus, row in by_corpus.items()})
     longest = sorted((piece.decode("utf-8", "replace") for piece in tok.pieces), key=len)[-20:]
     print("longest pieces:", " ".join(json.dumps(piece, ensure_ascii=False) for piece in longest))
     print(f"wrote {out}: {vocab_size:,} pieces, sha256 {tok.sha256[:8]}")

@@ -116,7 +116,11 @@ def test_report_adds_up(made, tok):
     assert len(meta["crc32"]) == 7 and meta["pairs"] is False and meta["dtype"] == "uint16"
     assert meta["longest"] == max(meta[split]["longest"] for split in ("train", "val", "test"))
     assert meta["tokenizer_sha256"] == tok.sha256 and meta["format"] == 1 and meta["vocab_size"] == 400
-    assert f"{meta['train']['targets']:,} targets" in out and "5 dropped: duplicate" in out
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    columns = table["records"]                                     # the head of the table begins with it
+    assert table["train"] == [f"{meta['train'][column]:,}" for column in columns]
+    assert table["messages:chat.json"] == [f"{second[column]:,}" for column in ("records", *columns)]
+    assert "5 dropped: duplicate (alpaca:alpaca.jsonl)" in out
     assert all(f"{column}: " in out for column in ("targets", "shortened", "augmented"))     # what they mean
     assert "were dropped because" not in out
 
@@ -297,8 +301,10 @@ def test_pairs_are_two_examples_with_the_same_prompt_in_one_split(tok, tmp_path)
     ("--corpora=alpaca:a.jsonl,preference:a.jsonl", "two runs"),
     ("", "no dialogue is left"), ("--val_fraction=0.5 --test_fraction=0.5", "below 1"), ("--max_seq_len=0", "at least 1"),
     ("--corpora=alpaca:b.jsonl", "b.jsonl"), ("--tokenizer=b.model", "b.model"), ("--augment=2", "between 0 and 1"),
-    ("--augment_delete=0.6 --augment_repeat=0.6", "not be over 1"), ("--min_answer=0", "at least 1")])
+    ("--augment_delete=0.6 --augment_repeat=0.6", "not be over 1"), ("--min_answer=0", "at least 1"),
+    ("--corpora=alpaca:few.jsonl", "none is held out for validation; --val_fraction=0.5 ")])
 def test_mistakes_end_in_one_sentence(tok, tmp_path, option, sentence):
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, pairs(5))), encoding="utf-8")
     (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "问", "output": ""}), encoding="utf-8")
     done = run("prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1", *option.split())
     assert done.rc == 1 and sentence in done.err and "Traceback" not in done.err and done.err.count("\n") == 1, done.err
