@@ -25,8 +25,6 @@ except ImportError:
 
 IGNORE = -100                  # a target that the loss does not count
 CACHE_STEP = 128               # the visible part of the KV cache grows by so many places
-POSITIVE = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
-            "max_seq_len", "rope_theta")
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -52,14 +50,15 @@ class ModelConfig:
     rope_scaling: dict = None      # the numbers of Llama 3's scaled(); None: plain rotary positions
 
     def __post_init__(self):
-        if self.head_dim == 0 and self.dim % max(1, self.n_heads):
-            raise ValueError(f"n_heads ({self.n_heads}) must divide dim ({self.dim})")
+        if self.head_dim == 0 and self.n_heads:
+            if self.dim % self.n_heads:
+                raise ValueError(f"n_heads ({self.n_heads}) must divide dim ({self.dim})")
+            self.head_dim = self.dim // self.n_heads
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.dim // max(1, self.n_heads)
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
-        for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)} and must be above 0")
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and value <= 0:
+                raise ValueError(f"{name} is {value} and must be above 0")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
         if self.head_dim % 2:
@@ -233,9 +232,9 @@ def document_mask(cu_seqlens, shape):
 
     A query sees what is earlier in its own document. shape: (B, T).
     """
-    starts = torch.zeros(shape, dtype=torch.int32, device=cu_seqlens.device)
-    starts.view(-1)[cu_seqlens[:-1].long()] = 1
-    document = starts.view(-1).cumsum(0).view(shape)           # the number of each token's document
+    tokens = torch.arange(math.prod(shape), device=cu_seqlens.device)
+    document = torch.bucketize(tokens, cu_seqlens, right=True) # the number of each token's document
+    document = document.view(shape)                                            # (B, T)
     queries = document[:, None, :, None]                                       # (B, 1, T, 1)
     keys = document[:, None, None, :]                                          # (B, 1, 1, T)
     return (queries == keys).tril()

@@ -154,11 +154,8 @@ def report(toks, test):
 
 def check_constants():
     """SystemExit with one sentence for constants that cannot work."""
-    if not RESERVED + 16 <= vocab_size <= 65_536:
-        raise SystemExit(f"--vocab_size={vocab_size}: must be between {RESERVED + 16} (control "
-                         "tokens, bytes and a few characters) and 65,536 (ids of 16 bits)")
-    if test_fraction >= 1:
-        raise SystemExit(f"--test_fraction={test_fraction}: must be below 1")
+    config.check_range(RESERVED + 16, 65_536, vocab_size=vocab_size)     # ids of 16 bits
+    config.check_range(0, 0.9, test_fraction=test_fraction)
     config.check_range(0.98, 1, character_coverage=character_coverage)
     config.check_range(1, 64, max_piece_length=max_piece_length)
     config.check_range(1, sample_bytes=sample_bytes, test_bytes=test_bytes)

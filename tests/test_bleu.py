@@ -87,7 +87,7 @@ def test_the_script_answers_and_writes_a_table(tok, tmp_path, monkeypatch, capsy
         monkeypatch.setattr(eval_bleu, name, value)
     eval_bleu.main()
     said, table = capsys.readouterr().out, (tmp_path / "bleu.md").read_text("utf-8")
-    assert "1 questions are longer than the context" in said and re.search(r"BLEU-4 \d+\.\d\d on 3 questions", said)
+    assert "longer than the context: 1 of 4 questions" in said and re.search(r"BLEU-4 \d+\.\d\d on 3 questions", said)
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3 and all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows), table
     digest = hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()

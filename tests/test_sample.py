@@ -85,13 +85,6 @@ def test_seed_0_is_different_every_time(say):
     assert len({say("pretrain", prompt="今天", temperature=1.0, top_p=1.0, seed=0).out for _ in range(4)}) > 1
 
 
-def test_the_prompt_may_come_from_a_file(say, tmp_path):
-    (tmp_path / "prompt.txt").write_text("月亮在河边", encoding="utf-8")
-    from_file = say("pretrain", prompt_file=str(tmp_path / "prompt.txt"), temperature=0.0).out
-    assert from_file.startswith("月亮在河边")
-    assert from_file == say("pretrain", prompt="月亮在河边", prompt_file="", temperature=0.0).out
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 @pytest.mark.parametrize("length", [SIZE - 14, SIZE - 13, SIZE - 12, SIZE - 11, SIZE - 1, SIZE, SIZE + 1, 500])
 def test_of_a_prompt_longer_than_the_context_the_end_is_read(say, tok, monkeypatch, stage, length):
@@ -198,13 +191,6 @@ def test_the_script_chats_through_stdin_and_ends_with_it(checkpoints, tmp_path):
 def test_a_checkpoint_whose_tokenizer_has_changed_is_refused(say, other_tok):
     with pytest.raises(SystemExit, match="was trained with"):
         say("pretrain", tokenizer=other_tok.name)
-
-
-def test_a_prompt_file_that_cannot_be_read_ends_in_one_sentence(say, tmp_path):
-    (tmp_path / "gbk.txt").write_bytes("月亮在河边".encode("gbk"))
-    for name in ("gbk.txt", "none.txt"):
-        with pytest.raises(SystemExit, match=name):
-            say("pretrain", prompt_file=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("argument", ["--temperature=-1", "--temperature=1e-300", "--temperature=1e-38", "--top_k=-1", "--top_p=0", "--top_p=-0.5",

@@ -322,10 +322,10 @@ def test_one_huge_document_does_not_fill_or_empty_the_sample(tmp_path, monkeypat
     assert 45_000 < sum(len(t.encode()) for t in train) <= 60_000 and 0 < of_huge < 50_000
 
 
-@pytest.mark.parametrize("options, said", [(["--vocab_size=70000"], "65,536"),
+@pytest.mark.parametrize("options, said", [(["--vocab_size=70000"], "65536"),
                                            (["--vocab_size=100"], "280"),
                                            (["--vocab_size=5000"], "at most"),
-                                           (["--test_fraction=1"], "below 1"),
+                                           (["--test_fraction=1"], "between 0 and 0.9"),
                                            (["--character_coverage=0.5"], "0.98"),
                                            (["--compare=nope"], "nope"),
                                            (["--corpora=text:none.jsonl"], "none.jsonl"),
