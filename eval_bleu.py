@@ -155,7 +155,7 @@ def main():
     summary = (f"BLEU-4 {bleu(sums):.2f} on {len(rows)} questions; "
                f"mean sentence BLEU {sum(scores) / len(rows):.2f}; "
                f"length ratio {sums[0] / max(1, sums[1]):.3f}; "
-               f"{exact} answers equal to the reference")
+               f"answers equal to the reference: {exact}")
     with config.whole_file(page) as f:                         # the report compares the fingerprint
         f.write(f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): {summary}\n\n"
                 "| question | reference | answer | BLEU |\n|---|---|---|---|\n")

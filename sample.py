@@ -58,7 +58,7 @@ def stream(model, tok, ids, stop_ids, generator, continues=False):
     print(decoder.flush())
     full = ", the context is full" if len(ids) + n >= context else ""
     speed = n / (time.perf_counter() - began)
-    print(f"[{n} tokens, {speed:.0f} tokens/s{full}]", file=sys.stderr)
+    print(f"[tokens: {n}, {speed:.0f} tokens/s{full}]", file=sys.stderr)
     return text
 
 

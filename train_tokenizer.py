@@ -168,7 +168,7 @@ def main():
     texts, test = sample(corpora)
     if not texts:
         raise SystemExit(f"{corpora}: no text to train on")
-    print(f"training on {sum(map(len, texts)):,} characters in {len(texts):,} texts")
+    print(f"training on {sum(map(len, texts)):,} characters; texts: {len(texts):,}")
     model = train(texts)
     with config.whole_file(out, "wb") as f:
         f.write(model)

@@ -122,7 +122,7 @@ def test_report_adds_up(made, tok):
     assert table["messages:chat.json"] == [f"{second[column]:,}" for column in ("records", *columns)]
     assert "5 dropped: duplicate (alpaca:alpaca.jsonl)" in out
     assert all(f"{column}: " in out for column in ("targets", "shortened", "augmented"))     # what they mean
-    assert "were dropped because" not in out
+    assert "dropped as longer" not in out
 
 
 def test_mask_is_every_answer_with_its_end_and_nothing_else(made, tok):
@@ -197,8 +197,8 @@ def test_many_records_that_are_too_long_are_said_with_the_cure(tok, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     command = ["prepare_sft.py", tmp_path, "--corpora=alpaca:a.jsonl", f"--tokenizer={tok.name}", "--workers=1"]
     said = run(*command, "--max_seq_len=60").out
-    assert "10 of 30 records were dropped because they are longer than --max_seq_len=60: a larger one" in said
-    assert "were dropped because" not in run(*command, "--max_seq_len=120").out
+    assert "dropped as longer than --max_seq_len=60: 10 of 30 records. A larger one" in said
+    assert "dropped as longer" not in run(*command, "--max_seq_len=120").out
 
 
 def test_a_single_exchange_that_is_too_long_is_dropped_not_cut(made, tok, tmp_path):

@@ -178,7 +178,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(say, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(sample, "generate", interrupted)
     said = say("sft", stdin="你好\n你是谁\n")
-    assert said.out.count("[stopped]") == 2 and said.err.count("[1 tokens") == 2
+    assert said.out.count("[stopped]") == 2 and said.err.count("[tokens: 1,") == 2
 
 
 def test_the_script_chats_through_stdin_and_ends_with_it(checkpoints, tmp_path):
