@@ -32,8 +32,10 @@ IS_MAIN = os.environ.get("RANK", "0") == "0"   # the first of the processes that
 
 # A constant of a script: its name, a plain value, and a comment
 CONSTANT = re.compile(r'^(\w+) *= *(?:"[^"\n]*"|-?\d[\w.+-]*|True|False) *(?:# *(.*))?$', re.M)
-EXPECTED = {bool: "true or false", int: "a whole number from 0 to 2^63",
-            float: "a number from 0 to 2^63"}
+# Larger floats would overflow where they are multiplied in float32
+LARGEST = {int: 2**63 - 1, float: 1e12}
+EXPECTED = {bool: "true or false", int: "a whole number from 0, at most 2^63",
+            float: "a number from 0, at most 1e12"}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -77,7 +79,11 @@ def override(namespace, argv=None, outlives_reader=False):
             following = argv[i + 1:i + 2] or [default]
             raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
         try:
+            text.encode("utf-8")
             namespace[name] = parse(text if equals else "true", type_)
+        except UnicodeEncodeError:             # other bytes of the command line are surrogates
+            raise SystemExit(f"{script}: --{name}={text} is not in UTF-8; rename the file, or name "
+                             "the folder that holds it") from None
         except (KeyError, ValueError):
             raise SystemExit(f"{script}: --{name}={text}: must be {EXPECTED[type_]}; the default "
                              f"is {default!r}") from None
@@ -89,7 +95,7 @@ def parse(text, type_):
     if type_ is bool:
         return BOOLS[text.lower()]
     value = type_(text)
-    if type_ is not str and not 0 <= value < 2**63:            # also what is not a number
+    if type_ is not str and not 0 <= value <= LARGEST[type_]:  # also what is not a number
         raise ValueError
     return value
 
@@ -203,16 +209,17 @@ def only_user_of(name, folder):
     check_output(name, os.path.join(folder, "x"))
     missing = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
+    file = locked(folder)
     try:
-        with locked(folder):
-            yield
+        yield
     finally:
+        os.close(file)
         if missing and not os.listdir(folder):                # it was made for nothing
             os.rmdir(folder)
 
 
-@contextmanager
 def locked(folder):
+    """A file that is open as long as this process has the folder to itself."""
     if os.name == "nt":
         import msvcrt
         file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
@@ -223,15 +230,12 @@ def locked(folder):
         lock = lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         lock()
-    except OSError as error:
+    except OSError as error:                  # others: a file system without locks
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             os.close(file)
             raise SystemExit(f"{folder}: another process is writing there; wait for its end, or "
                              "name another folder") from None
-    try:
-        yield
-    finally:
-        os.close(file)
+    return file
 
 
 @contextmanager
@@ -243,7 +247,9 @@ def whole_file(path, mode="w"):
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     aside = f"{path}.tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if "b" in mode else {
+        "encoding": "utf-8", "errors": "backslashreplace",    # names of files can be in no encoding
+        "newline": "\n"}
     try:
         with disk_space(path), open(aside, mode, **text) as f:
             yield f

@@ -21,12 +21,10 @@ def model(tok):
 
 
 def naive_log_likelihood(model, tok, text):
-    ids = [tok.bos_id]
-    total = 0.0
+    ids, total = [tok.bos_id], 0.0
     for token in tok.encode(text):
         with torch.no_grad():
-            logits = model(torch.tensor([ids]))[0, -1]
-        logs = logits.double().log_softmax(-1)
+            logs = model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
         total += logs[token].item()
         ids.append(token)
     return total
@@ -35,8 +33,7 @@ def naive_log_likelihood(model, tok, text):
 @pytest.mark.parametrize("make", endings.SETS)
 def test_four_different_texts_of_one_length(make):
     questions = list(make(Random(3)))
-    assert len(questions) >= 50
-    assert questions == list(make(Random(3)))
+    assert len(questions) >= 50 and questions == list(make(Random(3)))
     for texts in questions:
         assert len(set(texts)) == 4
         assert len(set(map(len, texts))) == 1
@@ -71,8 +68,7 @@ def test_only_the_first_text_is_right():
 
 def test_probabilities_are_those_of_a_loop(model, tok):
     questions = [next(make(Random(6))) for make in endings.SETS]
-    answers = endings.answer(model, tok, questions)
-    for texts, found in zip(questions, answers):
+    for texts, found in zip(questions, endings.answer(model, tok, questions)):
         logs = [naive_log_likelihood(model, tok, text) for text in texts]
         expected = torch.tensor(logs).double().softmax(0)
         found = torch.tensor(found).double()
@@ -84,11 +80,8 @@ def test_the_table_stands_beside_the_checkpoint(model, tok, tmp_path, monkeypatc
     here = tokenizers.load(str(tmp_path / "tok.model"))
     path = tmp_path / "best.pt"
     checkpoints.save(path, {
-        "stage": "pretrain",
-        "model": model.state_dict(),
-        "shape": vars(model.config),
-        "tokenizer": here.name,
-        "tokenizer_sha256": here.sha256})
+        "stage": "pretrain", "model": model.state_dict(), "shape": vars(model.config),
+        "tokenizer": here.name, "tokenizer_sha256": here.sha256})
     monkeypatch.setattr(endings, "checkpoint", str(path))
     monkeypatch.setattr(endings, "n_questions", 7)
     monkeypatch.setattr(endings, "device", "cpu")
@@ -100,5 +93,4 @@ def test_the_table_stands_beside_the_checkpoint(model, tok, tmp_path, monkeypatc
         "measure words", "antonyms", "sums", "idioms", "stories", "mean of the sets"]
     assert [n for _, n, _ in rows] == ["7", "7", "7", "7", "7", "35"]
     shares = [float(share) for *_, share in rows]
-    mean = sum(shares[:5]) / 5
-    assert shares[-1] == pytest.approx(mean, abs=0.1)
+    assert shares[-1] == pytest.approx(sum(shares[:5]) / 5, abs=0.1)

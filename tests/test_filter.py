@@ -33,8 +33,7 @@ def write_texts(path, texts):
 @pytest.fixture(scope="module")
 def folder(tok, tmp_path_factory):
     """Bins of 30 stories, some longer than a row, with 10 lines of noise in between; a checkpoint."""
-    path = tmp_path_factory.mktemp("filter")
-    rng = random.Random(4)
+    path, rng = tmp_path_factory.mktemp("filter"), random.Random(4)
     shutil.copy(tok.name, path / "tok.model")
     here = tokenizers.load(str(path / "tok.model"))
     noise = ["".join(rng.choices(NOISE, k=40)) for _ in range(10)]
@@ -84,22 +83,19 @@ def documents(path, tok, kind="<u2"):
 
 def naive_bits_per_byte(model, docs, tok):
     """Each document by itself, cut where a row of the flat file ends."""
-    scores = []
-    at = 0
+    scores, at = [], 0
     for ids in docs:
-        nats = 0.0
-        begin = 0
+        nats, begin = 0.0, 0
         while begin < len(ids):
             end = min(len(ids), begin + T - (at + begin) % T)
             before = ids[begin - 1] if begin else tok.bos_id
-            inputs = [before] + ids[begin:end - 1]
-            logs = model(torch.tensor([inputs]))[0].double().log_softmax(-1)
+            x = torch.tensor([[before] + ids[begin:end - 1]])
+            logs = model(x)[0].double().log_softmax(-1)
             for row, target in zip(logs, ids[begin:end]):
                 nats -= row[target].item()
             begin = end
         at += len(ids)
-        n_bytes = len(tok.decode(ids).encode())
-        scores.append(nats / math.log(2) / n_bytes)
+        scores.append(nats / math.log(2) / len(tok.decode(ids).encode()))
     return np.array(scores)
 
 
@@ -115,8 +111,7 @@ def test_bits_per_byte_drop_both_tails(folder, tok, filtered):
     assert len(kept) == 28
     assert documents(folder / "out/train.bin", tok) == kept
     shown = re.findall(r"^ *(\d+\.\d{4}) \|", printed, re.M)
-    shown = np.array(shown, float)
-    expected = np.sort(expected)
+    shown, expected = np.array(shown, float), np.sort(expected)
     np.testing.assert_allclose(shown[:20], expected[:20], atol=1e-3)
     np.testing.assert_allclose(shown[20:], expected[:-21:-1], atol=1e-3)
 
@@ -131,8 +126,7 @@ def test_the_result_is_a_bin_like_any_other(folder, tok, filtered):
         "tokens": sum(map(len, docs)),
         "bytes": sum(len(tok.decode(d).encode()) for d in docs)}
     row = meta["corpora"]["bins"]
-    n_dropped = sum(row["dropped"].values())
-    assert row["records"] == row["documents"] + n_dropped == 40
+    assert row["records"] == row["documents"] + sum(row["dropped"].values()) == 40
     assert meta["before"]["train"]["documents"] == 40
     out = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     for name in "train.bin", "val.bin":
@@ -146,8 +140,7 @@ def test_the_result_is_a_bin_like_any_other(folder, tok, filtered):
 def test_likeness_tells_noise_from_stories(folder, tok, filtered):
     filtered(**LIKENESS, drop_low=0.25, drop_high=0.0)
     kept = [tok.decode(d) for d in documents(folder / "out/train.bin", tok)]
-    assert len(kept) == 30
-    assert all(text.startswith("从前") for text in kept)
+    assert len(kept) == 30 and all(text.startswith("从前") for text in kept)
 
 
 def test_bins_of_four_bytes(folder, tok, filtered):
@@ -161,8 +154,7 @@ def test_bins_of_four_bytes(folder, tok, filtered):
     filtered(**LIKENESS, out_dir="two")
     filtered(**LIKENESS, data_dir="wide", out_dir="four")
     kept = documents(folder / "two/train.bin", tok)
-    assert kept
-    assert documents(folder / "four/train.bin", tok, "<u4") == kept
+    assert kept and documents(folder / "four/train.bin", tok, "<u4") == kept
     assert json.loads((folder / "four/meta.json").read_text("utf-8"))["dtype"] == "uint32"
 
 
