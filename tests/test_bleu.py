@@ -12,7 +12,7 @@ from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 import checkpoints
 import eval_bleu
-from model import Model, ModelConfig
+from model import Model, ModelConfig, generate
 
 ALPHABET = (
     "的一是不了人我在有他这中大来上国小猫狗花"
@@ -44,7 +44,7 @@ def random_text(rng, most=40):
 
 
 def pairs(seed, n):
-    """Answers that share more or less with their references, of equal, shorter and greater length; some are empty."""
+    """Answers that share more or less with their references; some are shorter, longer or empty."""
     rng = random.Random(seed)
     for _ in range(n):
         reference = "".join(random_text(rng) for _ in range(rng.randrange(1, 4)))
@@ -158,11 +158,29 @@ def test_the_script_answers_and_writes_a_table(tok, tmp_path, monkeypatch, capsy
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3 and all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows), table
     digest = hashlib.sha256((tmp_path / "best.pt").read_bytes()).hexdigest()
-    assert table.startswith(
-        f"{tmp_path}/best.pt ({digest[:8]}): BLEU-4 "
-    )  # beside the checkpoint, and names it
+    # beside the checkpoint, and names it
+    assert table.startswith(f"{tmp_path}/best.pt ({digest[:8]}): BLEU-4 ")
     assert "一加一是几？<br>是 a\\|b 吗？" in table
     assert "第五" not in table
+
+
+def test_every_prompt_gets_the_answer_that_it_gets_alone(tok, monkeypatch):
+    torch.manual_seed(0)
+    shape = ModelConfig(tok.vocab_size, dim=32, n_layers=1, n_heads=2, max_seq_len=32)
+    model = Model(shape).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    monkeypatch.setattr(eval_bleu, "batch_size", 2)
+    monkeypatch.setattr(eval_bleu, "max_new_tokens", 6)
+    monkeypatch.setattr(eval_bleu, "repetition_penalty", 1.5)
+    prompts = [[tok.bos_id] + [20 + i] * n for i, n in enumerate((9, 1, 4, 2, 7))]
+    alone = []
+    for ids in prompts:
+        how = dict(temperature=0, repetition_penalty=1.5, stop_ids=tok.stop_ids)
+        tokens = [token for (token,) in generate(model, [ids], 6, **how)]
+        alone.append(tok.decode(tokens))
+    assert len(set(alone)) == 5
+    assert eval_bleu.answer_all(model, tok, prompts) == alone
 
 
 def test_a_questions_file_that_cannot_be_read_ends_in_one_sentence(tmp_path, monkeypatch):

@@ -146,6 +146,14 @@ def test_every_constant_of_every_script_has_a_comment(script):
     assert ast.get_docstring(tree), "--help prints the docstring"
 
 
+def test_what_only_shows_a_run_may_fail(capsys):
+    with config.only_watching("curve"):
+        raise SystemExit("no\nroom")
+    assert capsys.readouterr().out == "curve: not shown (no room)\n"
+    with pytest.raises(KeyboardInterrupt), config.only_watching("curve"):
+        raise KeyboardInterrupt
+
+
 def test_a_whole_file_takes_its_name_only_at_the_end(tmp_path):
     path = tmp_path / "new" / "a.txt"
     with config.whole_file(str(path)) as f:

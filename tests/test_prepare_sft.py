@@ -1,4 +1,4 @@
-"""prepare_sft.py: what is written is what was said, mask and report are right, nothing gets lost uncounted."""
+"""prepare_sft.py: what is written, its mask and the report; nothing gets lost uncounted."""
 
 import json
 import re
@@ -559,7 +559,10 @@ def test_mistakes_end_in_one_sentence(tok, tmp_path, option, sentence):
 
 
 def test_preparing_loads_no_torch():
-    code = "import prepare_pretrain, prepare_sft, sys, train_tokenizer\nprint([m for m in sys.modules if m == 'torch'])"
+    code = (
+        "import prepare_pretrain, prepare_sft, sys, train_tokenizer\n"
+        "print([name for name in sys.modules if name == 'torch'])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True

@@ -1,7 +1,8 @@
-"""sample.py: continuing a text, answering, and the chat in the terminal, with tiny random models."""
+"""sample.py: continuing a text, answering, and the chat in the terminal; tiny random models."""
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_a_pretrained_model_continues_the_prompt(say, tok, checkpoints):
     assert expected
     assert said.out == "从前，小猫" + expected + "\n"
     assert "tokens/s" in said.err
+
+
+@pytest.mark.parametrize("continues, text", [(True, " upon"), (False, "upon")])
+def test_a_space_is_part_of_a_continuation_but_does_not_begin_an_answer(
+    monkeypatch, capsys, continues, text
+):
+    """Llama 2's kind of vocabulary: a text begins with a space that is not its own."""
+    tok = SimpleNamespace(piece=[b" once", b" upon"].__getitem__, dummy_space="always")
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=SIZE))
+    monkeypatch.setattr(sample, "generate", lambda *args, **named: iter([[1]]))
+    assert sample.stream(model, tok, [0], (), None, continues) == text
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_compiled_steps_say_the_same(say):
