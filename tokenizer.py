@@ -33,6 +33,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import templates
 
@@ -205,7 +206,7 @@ def whole_characters(text):
 
 # ---- sentencepiece ------------------------------------------------------------------------------
 
-def from_sentencepiece(path, folder="", spec={}):
+def from_sentencepiece(path, folder="", spec=None):
     """Read a sentencepiece file: one with our control tokens, or a plain one such as ChatGLM2's.
 
     folder: the Hugging Face folder that holds it, which may have a chat template; spec: what its
@@ -218,7 +219,8 @@ def from_sentencepiece(path, folder="", spec={}):
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; `python train_tokenizer.py` makes a tokenizer "
                          "(--tokenizer=gpt2 takes a ready one)") from None
-    sp, names = sentencepiece.SentencePieceProcessor(), []
+    sp = sentencepiece.SentencePieceProcessor()
+    names = []
     with suppress(RuntimeError, ValueError):                   # also a piece that is no UTF-8
         sp.LoadFromSerializedProto(data)
         names = [sp.id_to_piece(id) for id in range(sp.vocab_size())]
@@ -232,11 +234,12 @@ def from_sentencepiece(path, folder="", spec={}):
     tokens = {"{bos}": names[bos_id], "{eos}": names[eos_id]}
     jinja = chat_template(folder) if folder else ""
     template = templates.find(controls, tokens, jinja, templates.QUESTION)
-    encode_batch, dummy_space = lambda texts: sp.encode(texts, num_threads=1), ""
+    encode_batch = partial(sp.encode, num_threads=1)
+    dummy_space = ""
     if template is templates.OURS and "<0x00>" in names:
         encode_batch = exact_encoder(sp, names)
     elif names[sp.encode("a")[0]].startswith(SPACE):
-        dummy_space = dummy_space_of(spec)
+        dummy_space = dummy_space_of(spec or {})
     if len(names) == 64_789:
         pieces += [b""] * 4                     # ChatGLM2 has [MASK], [gMASK], [sMASK], sop on top
     return Tokenizer(
