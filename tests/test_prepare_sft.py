@@ -188,7 +188,6 @@ def test_report_adds_up(made, tok):
     assert len(meta["crc32"]) == 7
     assert meta["pairs"] is False
     assert meta["dtype"] == "uint16"
-    assert meta["longest"] == max(meta[split]["longest"] for split in ("train", "val", "test"))
     assert meta["tokenizer_sha256"] == tok.sha256
     assert meta["format"] == 1
     assert meta["vocab_size"] == 400
