@@ -146,10 +146,10 @@ def measure(tok, texts):
 
 
 def report(toks, test):
-    """{tokenizer: {corpus or "all": figures}} on the held-out texts."""
+    """{"TOKENIZER on CORPUS": figures} on the held-out texts, and on "all" of them."""
     test = {**test, "all": [text for texts in test.values() for text in texts]}
-    return {tok.name: {corpus: measure(tok, texts) for corpus, texts in test.items()}
-            for tok in toks}
+    return {f"{tok.name} on {corpus}": measure(tok, texts)
+            for tok in toks for corpus, texts in test.items()}
 
 
 def check_constants():
@@ -178,15 +178,14 @@ def main():
         json.dump({"constants": constants, "sha256": tok.sha256, "held_out": figures}, f,
                   ensure_ascii=False, indent=1)
     print("on held-out text:")
-    print_report({f"{name} on {corpus}": row for name, by_corpus in figures.items()
-                  for corpus, row in by_corpus.items()})
+    print_report(figures)
     longest = sorted((piece.decode("utf-8", "replace") for piece in tok.pieces), key=len)[-20:]
     print("longest pieces:", " ".join(json.dumps(piece, ensure_ascii=False) for piece in longest))
     print(f"wrote {out}: {vocab_size:,} pieces, sha256 {tok.sha256[:8]}")
     if not any(test.values()):
         print("the report is empty: of so few documents none was held out; perhaps "
               "--test_fraction=0.2")
-    if figures[out]["all"]["round_trip_failures"]:
+    if figures[f"{out} on all"]["round_trip_failures"]:
         raise SystemExit(f"{out}: some held-out text does not decode to itself; this is a bug, "
                          "please report it")
 

@@ -363,8 +363,8 @@ def test_report_is_what_one_counts(trained):
     assert 20 < len(held) < 70
     assert not any("很长" in text for text in held)
     for name in "a.model", "b.model":
-        all_ = report["held_out"][name]["all"]
-        figures = report["held_out"][name]["text:b.jsonl"]
+        all_ = report["held_out"][f"{name} on all"]
+        figures = report["held_out"][f"{name} on text:b.jsonl"]
         assert figures["texts"] == len(held)
         assert figures["characters"] == sum(map(len, held))
         assert figures["tokens"] == sum(len(t.encode(text)) for text in held)
