@@ -6,7 +6,6 @@ BLEU (Papineni et al. 2002) as sacrebleu computes it with its `zh` tokenizer. It
 an answer shares with the reference, not whether it is right: read the table.
 """
 import config                                  # before torch: sets how its threads wait
-import json
 import math
 import os
 import re
@@ -94,17 +93,18 @@ def bleu(stats, is_sentence=False):
 
 def read_questions():
     """[(messages before the last answer, that answer)]; SystemExit if the file has none."""
-    try:
-        with open(questions, encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f if line.strip()]
-        dialogues = [corpora.messages("messages", line) for line in lines]
-    except (OSError, ValueError, RecursionError, corpora.Bad) as error:
-        raise SystemExit(f"{questions}: cannot be read as JSONL with messages ({error}); run "
-                         "python prepare_sft.py, or name another with --questions=") from None
-    pairs = [(d[:-1], d[-1]["content"]) for d in dialogues if d[-1]["role"] == "assistant"]
+    other = "run python prepare_sft.py, or name another file with --questions="
+    if not os.path.exists(questions):
+        raise SystemExit(f"{questions}: not there; {other}")
+    pairs = []
+    for _, dialogue in corpora.dialogues(f"messages:{questions}"):
+        if isinstance(dialogue, corpora.Bad):
+            raise SystemExit(f"{questions}: not all of it is dialogues ({dialogue}); {other}")
+        *messages, answer = dialogue
+        pairs.append((messages, answer["content"]))
     if not pairs:
-        raise SystemExit(f"{questions}: no dialogue that ends in an answer; prepare_sft.py "
-                         "--test_fraction= sets how many go there")
+        raise SystemExit(f"{questions}: no dialogue in it; prepare_sft.py --test_fraction= sets "
+                         "how many go there")
     return pairs[:n_questions] if n_questions else pairs
 
 
