@@ -232,8 +232,8 @@ def document_mask(cu_seqlens, shape):
 
     A query sees what is earlier in its own document. shape: (B, T).
     """
-    tokens = torch.arange(math.prod(shape), device=cu_seqlens.device)
-    document = torch.bucketize(tokens, cu_seqlens, right=True) # the number of each token's document
+    tokens = torch.arange(math.prod(shape), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    document = torch.bucketize(tokens, cu_seqlens, right=True)  # each token's, from 1
     document = document.view(shape)                                            # (B, T)
     queries = document[:, None, :, None]                                       # (B, 1, T, 1)
     keys = document[:, None, None, :]                                          # (B, 1, 1, T)
