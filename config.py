@@ -32,10 +32,10 @@ IS_MAIN = os.environ.get("RANK", "0") == "0"   # the first of the processes that
 
 # A constant of a script: its name, a plain value, and a comment
 CONSTANT = re.compile(r'^(\w+) *= *(?:"[^"\n]*"|-?\d[\w.+-]*|True|False) *(?:# *(.*))?$', re.M)
-# Larger floats would overflow where they are multiplied in float32
-LARGEST = {int: 2**63 - 1, float: 1e12}
-EXPECTED = {bool: "true or false", int: "a whole number from 0, at most 2^63",
-            float: "a number from 0, at most 1e12"}
+LARGEST = {int: 2**63 - 1, float: 1e12}        # products of larger floats overflow in float32
+EXPECTED = {bool: "true or false",
+            int: "a whole number, at least 0 and below 2^63",
+            float: "a number, at least 0 and at most 1e12"}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 

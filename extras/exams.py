@@ -282,7 +282,8 @@ def score(model, prefix, prompts, answers, batch_size):
         h = model.hidden(x, model.rope[:, positions], mask, caches)                  # (B, T, C)
         h = torch.cat([h[b, row[3]] for b, row in enumerate(rows)])            # (answer tokens, C)
         y = [id for i in batch for answer in answers[i] for id in answer]
-        log_p = iter((-model.loss(h, torch.tensor(y, device=device), per_token=True)).tolist())
+        nats = model.loss(h, torch.tensor(y, device=device), per_token=True)
+        log_p = iter((-nats).tolist())
         for i in batch:
             scores[i] = [sum(next(log_p) for _ in answer) for answer in answers[i]]
     return scores

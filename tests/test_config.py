@@ -86,8 +86,8 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
     ("--rate=inf", "a number"), ("--compile=maybe", "true or false"), ("--steps", "write --steps=1000"),
     ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
-    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "from 0"), ("--limit=-1", "from 0"),
-    ("--rate=-1e-3", "from 0"),
+    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "at least 0"), ("--limit=-1", "at least 0"),
+    ("--rate=-1e-3", "at least 0"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
