@@ -12,14 +12,15 @@ Every script of this project begins with a block of constants:
 with the comments of the file. The values are parsed, never evaluated. No torch in here: the scripts
 that only prepare text start at once.
 """
-import ast
 import difflib
 import errno
 import math
 import os
+import re
 import sys
+import tempfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # PyTorch's threads on a CPU wait for each other in a loop, which on a machine that also does
 # something else takes the time that the others need. This ends the loop soon; it is read when
@@ -27,6 +28,15 @@ from contextlib import contextmanager
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 IS_MAIN = os.environ.get("RANK", "0") == "0"   # the first of the processes that torchrun started
+
+
+# A constant of a script: its name, a plain value, and a comment
+CONSTANT = re.compile(r'^(\w+) *= *(?:"[^"\n]*"|-?\d[\w.+-]*|True|False) *(?:# *(.*))?$', re.M)
+LARGEST = {int: 2**63 - 1, float: 1e12}        # products of larger floats overflow in float32
+EXPECTED = {bool: "true or false",
+            int: "a whole number, at least 0 and below 2^63",
+            float: "a number, at least 0 and at most 1e12"}
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def override(namespace, argv=None, outlives_reader=False):
@@ -42,41 +52,59 @@ def override(namespace, argv=None, outlives_reader=False):
     is_script = namespace["__name__"] in ("__main__", "__mp_main__")
     if is_script:
         guard_streams(outlives_reader)
-    argv = (sys.argv[1:] if is_script else []) if argv is None else argv
-    source, module = constants_of(namespace["__file__"]), namespace.get("__spec__")
-    script = os.path.basename(namespace["__file__"])
-    if is_script and module:                   # run as python -m extras.NAME
-        script = f"python -m {module.name}"
+    if argv is None:
+        argv = sys.argv[1:] if is_script else []
+    comments = constants_of(namespace["__file__"])
     if "--help" in argv or "-h" in argv:
-        width = max(len(f"{name}={namespace[name]!r}") for name in source)
-        lines = [f"  --{f'{name}={namespace[name]!r}':<{width}}  {comment}"
-                 for name, comment in source.items()]
-        print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:", *lines, sep="\n")
+        shown = {f"--{name}={namespace[name]!r}": comment for name, comment in comments.items()}
+        width = max(map(len, shown))
+        print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:")
+        for constant, comment in shown.items():
+            print(f"  {constant:<{width}}  {comment}")
         raise SystemExit(0)
+    module = namespace.get("__spec__")         # of python -m extras.NAME
+    script = f"python -m {module.name}" if module else os.path.basename(namespace["__file__"])
     for i, argument in enumerate(argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             raise SystemExit(f"{script}: {argument!r} is not of the form --name=value; "
                              f"see {script} --help")
-        if name not in source:
-            near = difflib.get_close_matches(name, source, n=1)
+        if name not in comments:
+            near = difflib.get_close_matches(name, comments, n=1)
             hint = f"perhaps --{near[0]}=..." if near else f"see {script} --help"
             raise SystemExit(f"{script}: there is no constant {name!r}; {hint}")
         default = namespace[name]
-        if not equals and not isinstance(default, bool):
+        type_ = type(default)
+        if not equals and type_ is not bool:
             following = argv[i + 1:i + 2] or [default]
             raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
         try:
-            value = parse(text if equals else "true", type(default))
-        except ValueError:
-            raise SystemExit(f"{script}: --{name}={text} is not of type {type(default).__name__} "
-                             f"(the default is {default!r})") from None
-        if type(default) in (int, float) and default >= 0 > value:
-            raise SystemExit(f"{script}: --{name}={text} must not be negative")
-        if type(default) is int and value >= 1 << 63:
-            raise SystemExit(f"{script}: --{name}={text} must be below 2^63")
-        namespace[name] = value
-    return {name: namespace[name] for name in source}
+            text.encode("utf-8")
+            namespace[name] = parse(text if equals else "true", type_)
+        except UnicodeEncodeError:             # other bytes of the command line are surrogates
+            raise SystemExit(f"{script}: --{name}={text} is not in UTF-8; rename the file, or name "
+                             "the folder that holds it") from None
+        except (KeyError, ValueError):
+            raise SystemExit(f"{script}: --{name}={text}: must be {EXPECTED[type_]}; the default "
+                             f"is {default!r}") from None
+    return {name: namespace[name] for name in comments}
+
+
+def parse(text, type_):
+    """The value of this type that text spells; KeyError or ValueError if there is none."""
+    if type_ is bool:
+        return BOOLS[text.lower()]
+    value = type_(text)
+    if type_ is not str and not 0 <= value <= LARGEST[type_]:  # also what is not a number
+        raise ValueError
+    return value
+
+
+def constants_of(path):
+    """{name: comment} of the plain constants above the script's call of override()."""
+    with open(path, encoding="utf-8") as f:
+        above, _, _ = f.read().partition("override(globals()")
+    return dict(CONSTANT.findall(above))
 
 
 class Output:
@@ -153,55 +181,18 @@ def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
     check_range(0.01, 100, repetition_penalty=repetition_penalty)
 
 
-def parse(text, type_):
-    """The value of this type that text spells; raises ValueError if it spells none."""
-    if type_ is bool:
-        words = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() not in words:
-            raise ValueError(text)
-        return words[text.lower()]
-    value = type_(text)
-    if type_ is float and not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def constants_of(path):
-    """{name: comment} of the plain constants above the script's call of override()."""
-    with open(path, encoding="utf-8") as f:
-        source = f.read()
-    lines, found = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        is_call = isinstance(node, (ast.Assign, ast.Expr))
-        if is_call and "override(globals()" in lines[node.lineno - 1]:
-            break
-        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
-            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-            found[node.targets[0].id] = rest.partition("#")[2].strip()
-    return found
-
-
 def check_output(name, path):
     """SystemExit, before the work, if no file can be written to `path`, the constant `name`."""
-    folder, file = os.path.split(path)
     try:
-        if not file or os.path.isdir(path):
+        if not os.path.basename(path) or os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, "no file can have this name")
-        missing = []                          # folders that are there for this check only
-        while folder and not os.path.lexists(folder):
-            missing.append(folder)
+        with suppress(FileNotFoundError):
+            os.lstat(path)                     # refuses names that no file can have
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        try:
-            probe = f"{path}.tmp"
-            there = os.path.lexists(probe)
-            open(probe, "ab").close()
-            if not there:
-                os.remove(probe)
-        finally:
-            for made in missing:
-                os.rmdir(made)
-    except (OSError, ValueError) as error:    # ValueError: a NUL in the name
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:     # ValueError: a NUL in the name
         raise SystemExit(f"--{name}={path!r}: cannot be written: "
                          f"{getattr(error, 'strerror', None) or error}") from None
 
@@ -213,21 +204,22 @@ def only_user_of(name, folder):
     The lock belongs to the process, so that it ends with it, however that ends. Where the file
     system knows no locks there is none.
     """
-    if not folder or "\0" in folder:
-        raise SystemExit(f"--{name}={folder!r}: must name a folder")
+    if not folder:
+        raise SystemExit(f"--{name}=: must name a folder")
     check_output(name, os.path.join(folder, "x"))
     missing = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
+    file = locked(folder)
     try:
-        with locked(folder):
-            yield
+        yield
     finally:
+        os.close(file)
         if missing and not os.listdir(folder):                # it was made for nothing
             os.rmdir(folder)
 
 
-@contextmanager
 def locked(folder):
+    """A file that is open as long as this process has the folder to itself."""
     if os.name == "nt":
         import msvcrt
         file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
@@ -238,15 +230,12 @@ def locked(folder):
         lock = lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         lock()
-    except OSError as error:
+    except OSError as error:                  # others: a file system without locks
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
             os.close(file)
             raise SystemExit(f"{folder}: another process is writing there; wait for its end, or "
                              "name another folder") from None
-    try:
-        yield
-    finally:
-        os.close(file)
+    return file
 
 
 @contextmanager
@@ -258,7 +247,9 @@ def whole_file(path, mode="w"):
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     aside = f"{path}.tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if "b" in mode else {
+        "encoding": "utf-8", "errors": "backslashreplace",    # names of files can be in no encoding
+        "newline": "\n"}
     try:
         with disk_space(path), open(aside, mode, **text) as f:
             yield f

@@ -6,7 +6,6 @@ BLEU (Papineni et al. 2002) as sacrebleu computes it with its `zh` tokenizer. It
 an answer shares with the reference, not whether it is right: read the table.
 """
 import config                                  # before torch: sets how its threads wait
-import json
 import math
 import os
 import re
@@ -38,18 +37,18 @@ CHINESE = ("\u3400-\u4db5\u4e00-\u9fbb\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\uf
            "\u2001-\u2a6d\u2f81-\u2fa1"
            "\u2e80-\u2eff\u3000-\u303f\u31c0-\u31ef\u2f00-\u2fdf\u2ff0-\u2fff\u3100-\u312f"
            "\u31a0-\u31bf\ufe10-\ufe1f\ufe30-\ufe4f\u3200-\u33ff")
-SPLITS = [(re.compile(f"([{CHINESE}])"), r" \1 "),
-          (re.compile(r"([!-&(-+:-@/\[-`{-~ ])"), r" \1 "),    # ASCII punctuation but ' , - .
-          (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),          # . and , stay inside numbers only
-          (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
-          (re.compile(r"([0-9])(-)"), r"\1 \2 ")]
+SPLITS = [(f"([{CHINESE}])", r" \1 "),
+          (r"([!-&(-+:-@/\[-`{-~ ])", r" \1 "),                # ASCII punctuation but ' , - .
+          (r"([^0-9])([.,])", r"\1 \2 "),                      # . and , stay inside numbers only
+          (r"([.,])([^0-9])", r" \1 \2"),
+          (r"([0-9])(-)", r"\1 \2 ")]
 
 
 def words(text):
     """The tokens that BLEU counts: Chinese characters, else words and punctuation."""
     text = text.strip()
     for pattern, spaced in SPLITS:
-        text = pattern.sub(spaced, text)
+        text = re.sub(pattern, spaced, text)
     return text.split()
 
 
@@ -94,17 +93,18 @@ def bleu(stats, is_sentence=False):
 
 def read_questions():
     """[(messages before the last answer, that answer)]; SystemExit if the file has none."""
-    try:
-        with open(questions, encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f if line.strip()]
-        dialogues = [corpora.messages("messages", line) for line in lines]
-    except (OSError, ValueError, RecursionError, corpora.Bad) as error:
-        raise SystemExit(f"{questions}: cannot be read as JSONL with messages ({error}); run "
-                         "python prepare_sft.py, or name another with --questions=") from None
-    pairs = [(d[:-1], d[-1]["content"]) for d in dialogues if d[-1]["role"] == "assistant"]
+    other = "run python prepare_sft.py, or name another file with --questions="
+    if not os.path.exists(questions):
+        raise SystemExit(f"{questions}: not there; {other}")
+    pairs = []
+    for _, dialogue in corpora.dialogues(f"messages:{questions}"):
+        if isinstance(dialogue, corpora.Bad):
+            raise SystemExit(f"{questions}: not all of it is dialogues ({dialogue}); {other}")
+        *messages, answer = dialogue
+        pairs.append((messages, answer["content"]))
     if not pairs:
-        raise SystemExit(f"{questions}: no dialogue that ends in an answer; prepare_sft.py "
-                         "--test_fraction= sets how many go there")
+        raise SystemExit(f"{questions}: no dialogue in it; prepare_sft.py --test_fraction= sets "
+                         "how many go there")
     return pairs[:n_questions] if n_questions else pairs
 
 
@@ -132,15 +132,21 @@ def main():
     config.check_output("out", page)
     model, tok, _ = runtime.load_model(checkpoint, tokenizer, device, dtype)
     pairs = read_questions()
-    prompts, context = [tok.prompt(messages) for messages, _ in pairs], model.config.max_seq_len
-    fits = [i for i, ids in enumerate(prompts) if len(ids) < context]
-    if not fits:
-        raise SystemExit(f"{questions}: all {len(pairs)} questions are longer than the {context} "
-                         f"tokens that {checkpoint} reads; name another with --questions=")
-    if len(fits) < len(pairs):
-        print(f"{len(pairs) - len(fits)} questions are longer than the context and are left out")
-    answers = answer_all(model, tok, [prompts[i] for i in fits])
-    rows = [(pairs[i][0][-1]["content"], pairs[i][1], answer) for i, answer in zip(fits, answers)]
+    context = model.config.max_seq_len
+    asked = []
+    for messages, reference in pairs:
+        ids = tok.prompt(messages)
+        if len(ids) < context:
+            asked.append((messages[-1]["content"], reference, ids))
+    if not asked:
+        raise SystemExit(f"{questions}: no question fits into the {context} tokens that "
+                         f"{checkpoint} reads; name another file with --questions=")
+    if len(asked) < len(pairs):
+        print(f"left out, as they are longer than the context: {len(pairs) - len(asked)} of "
+              f"{len(pairs)} questions")
+    answers = answer_all(model, tok, [ids for _, _, ids in asked])
+    rows = [(question, reference, answer)
+            for (question, reference, _), answer in zip(asked, answers)]
 
     stats = [statistics(answer, reference) for _, reference, answer in rows]
     sums = [sum(column) for column in zip(*stats)]
@@ -149,7 +155,7 @@ def main():
     summary = (f"BLEU-4 {bleu(sums):.2f} on {len(rows)} questions; "
                f"mean sentence BLEU {sum(scores) / len(rows):.2f}; "
                f"length ratio {sums[0] / max(1, sums[1]):.3f}; "
-               f"{exact} answers equal to the reference")
+               f"answers equal to the reference: {exact}")
     with config.whole_file(page) as f:                         # the report compares the fingerprint
         f.write(f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): {summary}\n\n"
                 "| question | reference | answer | BLEU |\n|---|---|---|---|\n")

@@ -25,8 +25,6 @@ except ImportError:
 
 IGNORE = -100                  # a target that the loss does not count
 CACHE_STEP = 128               # the visible part of the KV cache grows by so many places
-POSITIVE = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
-            "max_seq_len", "rope_theta")
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -52,14 +50,15 @@ class ModelConfig:
     rope_scaling: dict = None      # the numbers of Llama 3's scaled(); None: plain rotary positions
 
     def __post_init__(self):
-        if self.head_dim == 0 and self.dim % max(1, self.n_heads):
-            raise ValueError(f"n_heads ({self.n_heads}) must divide dim ({self.dim})")
+        if self.head_dim == 0 and self.n_heads:
+            if self.dim % self.n_heads:
+                raise ValueError(f"n_heads ({self.n_heads}) must divide dim ({self.dim})")
+            self.head_dim = self.dim // self.n_heads
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.dim // max(1, self.n_heads)
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
-        for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)} and must be above 0")
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and value <= 0:
+                raise ValueError(f"{name} is {value} and must be above 0")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
         if self.head_dim % 2:
@@ -233,9 +232,9 @@ def document_mask(cu_seqlens, shape):
 
     A query sees what is earlier in its own document. shape: (B, T).
     """
-    starts = torch.zeros(shape, dtype=torch.int32, device=cu_seqlens.device)
-    starts.view(-1)[cu_seqlens[:-1].long()] = 1
-    document = starts.view(-1).cumsum(0).view(shape)           # the number of each token's document
+    tokens = torch.arange(math.prod(shape), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    document = torch.bucketize(tokens, cu_seqlens, right=True)  # each token's, from 1
+    document = document.view(shape)                                            # (B, T)
     queries = document[:, None, :, None]                                       # (B, 1, T, 1)
     keys = document[:, None, None, :]                                          # (B, 1, 1, T)
     return (queries == keys).tril()
@@ -323,10 +322,8 @@ class Model(nn.Module):
         h = self.hidden(x, rope, mask, cu_seqlens=cu_seqlens)                  # (B, T, C)
         if y is None:
             return self.logits(h)                                              # (B, T, V)
-        if per_token:
-            nats = self.token_nats(h.flatten(0, 1), y.flatten())               # (B * T,)
-            return nats.view(y.shape).clone()  # sharding wants no view
-        return self.loss(h.flatten(0, 1), y.flatten())                         # ()
+        loss = self.loss(h.flatten(0, 1), y.flatten(), per_token)              # () or (B * T,)
+        return loss.view(y.shape).clone() if per_token else loss               # sharding: no view
 
     def hidden(self, x, rope, mask=None, caches=None, cu_seqlens=None):
         """The normalised output of the last block, (B, T, C).
@@ -357,40 +354,30 @@ class Model(nn.Module):
         """
         return F.linear(h, self.head.weight if weight is None else weight)
 
-    def loss(self, h, y):
-        """nats() of all hidden states (N, C) and targets (N,), some rows at a time.
+    def loss(self, h, y, per_token=False):
+        """The cross-entropies of hidden states (N, C) and targets (N,): their sum, or each, (N,).
 
-        All logits at once, (N, V), would be the largest tensor of a small model by far.
+        Some rows at a time: all logits at once, (N, V), would be the largest tensor of a small
+        model by far. The backward pass of `per_token` computes them again.
         """
         weight = self.head.weight.to(h.dtype)
         rows = loss_rows(h.device, self.config.vocab_size)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not per_token:
             return ChunkedLoss.apply(h, weight, y, rows, self.nats)
-        total = 0.0
-        for hs, ys in zip(h.split(rows), y.split(rows)):
-            total += self.nats(hs, weight, ys)
-        return total
-
-    def nats(self, h, weight, y):
-        """Sum of the cross-entropies, float32 (), of hidden states (n, C) and targets (n,)."""
-        logits = self.logits(h, weight).float()                                # (n, V)
-        return F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
-
-    def token_nats(self, h, y):
-        """The cross-entropy of each target, float32 (N,), 0 where none counts; h (N, C), y (N,).
-
-        Some rows at a time, as in loss(); the backward pass computes their logits again.
-        """
-        def nats(h, y):
-            logits = self.logits(h).float()                                    # (n, V)
-            return F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
-
-        rows = loss_rows(h.device, self.config.vocab_size)
         parts = []
         for hs, ys in zip(h.split(rows), y.split(rows)):
-            part = checkpoint(nats, hs, ys, use_reentrant=False)
+            part = checkpoint(self.nats, hs, weight, ys, "none", use_reentrant=False)
             parts.append(part)
-        return torch.cat(parts)
+        nats = torch.cat(parts)
+        return nats if per_token else nats.sum()
+
+    def nats(self, h, weight, y, reduction="sum"):
+        """The cross-entropies, float32, of hidden states (n, C) and targets (n,).
+
+        0 where none counts. reduction "none": each, (n,).
+        """
+        logits = self.logits(h, weight).float()                                # (n, V)
+        return F.cross_entropy(logits, y, ignore_index=IGNORE, reduction=reduction)
 
     def next_logits(self, x, rope, mask, caches):
         """The scores of the token that follows x (B, T), float32 (B, V); the rest as hidden()."""

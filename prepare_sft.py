@@ -56,8 +56,7 @@ constants = config.override(globals())
 
 TOO_LONG = "longer than max_seq_len"              # a reason to drop a record
 NOT_IN_BYTES = "data_dir", "workers", "show"      # constants that do not change what is written
-SPLITS = "train", "val", "test"
-FILES = [(split, suffix) for split in ("train", "val") for suffix in ("bin", "mask", "idx")]
+FILES = ("train.bin", "train.mask", "train.idx", "val.bin", "val.mask", "val.idx", "test.jsonl")
 TABLE = CHAT | PREFERENCE
 SAMPLE = 1000                                     # records read to see if they share a question
 
@@ -205,25 +204,17 @@ def sharing_a_question(inputs):
     return found
 
 
-def results(inputs):
-    """Yield (corpus, example or Bad) for every record, in the order of the files."""
-    batched = batches(inputs, TABLE, "preparing")
-    made = in_order(examples, batched, workers or os.cpu_count(), begin, tokenizer,
-                    sharing_a_question(inputs))
-    with closing(made):
-        for number, result in itertools.chain.from_iterable(made):
-            yield inputs[number][0], result
-
-
-def write(files, results, rows):
+def write(files, results, inputs, rows):
     """Write the examples as they come and count them in rows, {corpus or split: figures}.
 
-    Returns (ids, mask) of the first `show` training examples of each corpus.
+    results: [(input number, example or Bad)] of every batch. Returns (ids, mask) of the first
+    `show` training examples of each corpus.
     """
     seen, shown, n_shown, ends = set(), [], Counter(), Counter()
     for split in "train", "val":
-        files[split, "idx"].write(np.array([0], "<i8"))
-    for corpus, result in results:
+        files[f"{split}.idx"].write(np.array([0], "<i8"))
+    for number, result in itertools.chain.from_iterable(results):
+        corpus = inputs[number][0]
         rows[corpus]["records"] += 1
         if not isinstance(result, Bad) and result["key"] in seen:
             result = Bad("duplicate")
@@ -239,16 +230,16 @@ def write(files, results, rows):
             if len(result["dialogues"]) == 2:
                 line["rejected"] = result["dialogues"][1][-1]["content"]
             text = json.dumps(line, ensure_ascii=False) + "\n"
-            files["test", "jsonl"].write(text.encode("utf-8"))
+            files["test.jsonl"].write(text.encode("utf-8"))
             continue
         if split == "train" and n_shown[corpus] < show:
             n_shown[corpus] += 1
             shown += result["rendered"]
         for ids, mask in result["rendered"]:
             ends[split] += len(ids)
-            files[split, "bin"].write(ids)
-            files[split, "mask"].write(mask)
-            files[split, "idx"].write(np.array([ends[split]], "<i8"))
+            files[f"{split}.bin"].write(ids)
+            files[f"{split}.mask"].write(mask)
+            files[f"{split}.idx"].write(np.array([ends[split]], "<i8"))
     return shown
 
 
@@ -273,9 +264,8 @@ def print_figures(rows):
     n_records = sum(row.get("records", 0) for row in rows.values())
     n_too_long = sum(row.get("dropped", {}).get(TOO_LONG, 0) for row in rows.values())
     if n_too_long > n_records / 20:
-        print(f"{n_too_long:,} of {n_records:,} records were dropped because they are longer than "
-              f"--max_seq_len={max_seq_len}: a larger one keeps them, for a model whose context is "
-              "as long")
+        print(f"dropped as longer than --max_seq_len={max_seq_len}: {n_too_long:,} of "
+              f"{n_records:,} records. A larger one keeps them, for a model whose context is as long")
 
 
 def print_examples(tok, shown):
@@ -306,48 +296,55 @@ def check_constants():
                          "and augment_delete + augment_repeat must not be over 1")
 
 
+def check_splits(n_train, n_val):
+    """SystemExit if there is nothing to train on, or nothing to validate on although asked for."""
+    if not n_train:
+        raise SystemExit(f"{corpora}: no dialogue is left to train on")
+    if val_fraction and not n_val:
+        raise SystemExit(f"{corpora}: too few dialogues for --val_fraction={val_fraction}: none is "
+                         f"held out for validation; --val_fraction={min(0.5, 5 / n_train):.2g} "
+                         "holds out some")
+
+
 def main():
     check_constants()
     tok = load(tokenizer)
     tok.prompt([])                             # refuses a chat template that is not known
     inputs = sources(corpora, TABLE)
-    pairs = {name in PREFERENCE for _, name, _ in inputs}
-    if len(pairs) == 2:
+    kinds = {name in PREFERENCE for _, name, _ in inputs}
+    if len(kinds) == 2:
         raise SystemExit(f"{corpora}: dialogues and preferences need two runs, each with a "
                          "--data_dir of its own")
-    if pairs == {True} and data_dir == "data/sft":
+    are_pairs = True in kinds
+    if are_pairs and data_dir == "data/sft":
         raise SystemExit(f"{corpora}: preferences go to a folder of their own: --data_dir=data/dpo")
     names = "examples", "tokens", "targets", "longest", "shortened", "augmented"
     figures = dict.fromkeys(names, 0)
     by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}
-    splits = {split: dict(figures) for split in SPLITS}
+    splits = {split: dict(figures) for split in ("train", "val", "test")}
     with ExitStack() as stack:
         # Opened first and renamed last: meta.json proves that the other files are whole
         meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
         files = {}
-        for split, suffix in [*FILES, ("test", "jsonl")]:
-            file = config.whole_file(f"{data_dir}/{split}.{suffix}", "wb")
-            files[split, suffix] = config.Checksum(stack.enter_context(file))
-        with closing(results(inputs)) as found:
-            shown = write(files, found, {**by_corpus, **splits})
+        for name in FILES:
+            file = config.whole_file(f"{data_dir}/{name}", "wb")
+            files[name] = config.Checksum(stack.enter_context(file))
+        results = in_order(examples, batches(inputs, TABLE, "preparing"),
+                           workers or os.cpu_count(), begin, tokenizer, sharing_a_question(inputs))
+        with closing(results):
+            shown = write(files, results, inputs, {**by_corpus, **splits})
         for row in by_corpus.values():
             row["dropped"] = {str(bad): n for bad, n in row["dropped"].items()}
-        if not splits["train"]["examples"]:
-            print_report(by_corpus)
-            raise SystemExit(f"{corpora}: no dialogue is left to train on")
+        print_figures({**by_corpus, **splits})
+        check_splits(splits["train"]["examples"], splits["val"]["examples"])
         meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": tok.id_dtype, "pairs": pairs == {True}, "seed": seed,
-                "max_seq_len": max_seq_len,
-                "longest": max(row["longest"] for row in splits.values()),
-                **splits, "corpora": by_corpus,
-                "crc32": {".".join(name): file.crc32 for name, file in files.items()},
+                "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus,
+                "crc32": {name: file.crc32 for name, file in files.items()},
                 "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
         json.dump(meta, meta_file, ensure_ascii=False, indent=1)
-    print_figures({**by_corpus, **splits})
     print_examples(tok, shown)
-    print(f"\nwrote {data_dir}: {splits['train']['examples']:,} examples to train on, "
-          f"{splits['val']['examples']:,} to validate, {splits['test']['examples']:,} to test")
+    print(f"\nwrote {data_dir}")
 
 
 if __name__ == "__main__":

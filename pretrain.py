@@ -27,7 +27,7 @@ from tokenizer import load as load_tokenizer
 tokenizer      = "data/tokenizer.model"  # the one that prepare_pretrain.py was given
 data_dir       = "data/pretrain"         # train.bin, val.bin, meta.json
 out_dir        = "out/pretrain"          # last.pt, best.pt, log.csv, curve.png
-resume         = False                   # go on from out_dir/last.pt, exactly where it stopped
+resume         = False                   # go on from out_dir/last.pt exactly, if it is there
 overwrite      = False                   # start anew although out_dir holds a run
 init_from      = ""                      # start from the weights of this checkpoint; empty: anew
 # model; the defaults are 34 M parameters with a vocabulary of 16,384; init_from brings its own

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -519,10 +519,14 @@ def interruptible(what):
 # ---- what the user sees --------------------------------------------------------------------------
 
 def print_report(rows):
-    """Print {name: {figure: number, "dropped": {reason: count}}}, the reasons a line each."""
+    """Print {name: {figure: number, "dropped": {reason: count}}}: a table, then the reasons."""
+    figures = [name for name in next(iter(rows.values())) if name != "dropped"]
+    table = [["", *figures]]
     for name, row in rows.items():
-        figures = [f"{n:,} {figure}" for figure, n in row.items() if figure != "dropped"]
-        print(f"{name}: {', '.join(figures)}")
-        dropped = row.get("dropped", {})
-        for reason in sorted(dropped, key=dropped.get, reverse=True):
-            print(f"{dropped[reason]:>10,} dropped: {reason}")
+        table.append([name, *(f"{row[figure]:,}" if figure in row else "" for figure in figures)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for name, *cells in table:
+        print(f"{name:<{widths[0]}}", *map(str.rjust, cells, widths[1:]), sep="  ")
+    for name, row in rows.items():
+        for reason, n in Counter(row.get("dropped", {})).most_common():
+            print(f"{n:>10,} dropped: {reason} ({name})")

@@ -17,7 +17,6 @@ from tokenizer import StreamDecoder
 checkpoint         = "out/sft/best.pt"  # of sft.py: it answers; of pretrain.py: it continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
 prompt             = ""                 # empty: chat; with a pretrained model a new text
-prompt_file        = ""                 # take the prompt from this file instead
 n_samples          = 1                  # answers or continuations to the prompt
 max_new_tokens     = 256                # of an answer at most; the model may end it earlier
 temperature        = 0.7                # 0: always the most likely token; higher: more varied
@@ -59,7 +58,7 @@ def stream(model, tok, ids, stop_ids, generator, continues=False):
     print(decoder.flush())
     full = ", the context is full" if len(ids) + n >= context else ""
     speed = n / (time.perf_counter() - began)
-    print(f"[{n} tokens, {speed:.0f} tokens/s{full}]", file=sys.stderr)
+    print(f"[tokens: {n}, {speed:.0f} tokens/s{full}]", file=sys.stderr)
     return text
 
 
@@ -95,30 +94,23 @@ def chat(model, tok, generator):
 def main():
     config.check_range(1, n_samples=n_samples, max_new_tokens=max_new_tokens)
     config.check_drawing(temperature, top_p, repetition_penalty)
-    text = prompt
-    if prompt_file:
-        try:
-            with open(prompt_file, encoding="utf-8") as f:
-                text = f.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"{prompt_file}: cannot be read as UTF-8 text ({error})") from None
     model, tok, saved = runtime.load_model(checkpoint, tokenizer, device, dtype)
     if compile:
         model.compile_generation()
     generator = torch.Generator(model.norm.weight.device)
     generator.manual_seed(seed) if seed else generator.seed()
     answers = saved["stage"] != "pretrain"
-    if answers and not text:
+    if answers and not prompt:
         return chat(model, tok, generator)
     for i in range(n_samples):
         if n_samples > 1:
             print(f"--- {i + 1} of {n_samples} ---")
         if answers:
-            ids = tok.prompt([{"role": "user", "content": text}])
+            ids = tok.prompt([{"role": "user", "content": prompt}])
             stream(model, tok, ids, tok.stop_ids, generator)
         else:
-            print(text, end="", flush=True)
-            ids = [tok.bos_id] + tok.encode(text)
+            print(prompt, end="", flush=True)
+            ids = [tok.bos_id] + tok.encode(prompt)
             stream(model, tok, ids, {tok.eos_id}, generator, continues=True)
 
 

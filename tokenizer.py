@@ -30,6 +30,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 import templates
 
@@ -61,34 +65,32 @@ def load(name):
     return from_tiktoken(name, named_encoding(name))
 
 
+@dataclass(eq=False, repr=False)
 class Tokenizer:
-    """A vocabulary: what load() gives, whatever it was read from.
+    """A vocabulary: what load() gives, whatever it was read from."""
+    name: str               # as given to load(); a worker process loads its own by this name
+    sha256: str             # hex digest of the vocabulary: the same ids, the same digest
+    pieces: list            # the UTF-8 of each id, b"" for control tokens
+    controls: dict          # {text: id} of the control tokens
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    encoder: Callable       # list of str -> list of lists of ids, on one core
+    template: templates.Template        # None: the folder has a chat template that is not known
+    dummy_space: str = ""   # where encoding puts a space that the text does not have: "always"
+                            # before text, also behind a control token; "first" at the very
+                            # beginning only; "" nowhere
 
-    name         as given to load(); a worker process loads its own by this name
-    sha256       hex digest of the vocabulary: the same ids, the same digest
-    vocab_size   number of ids: all of them are below it
-    pieces       list of vocab_size bytes: the UTF-8 of each id, b"" for control tokens
-    controls     {text: id} of the control tokens
-    bos_id, eos_id, pad_id
-    template     of dialogues, from templates.py; None: the folder has one that is not known there
-    end_id       what ends an answer
-    stop_ids     set of the ids at which generation ends: end_id and eos_id
-    dummy_space  where encoding puts a space that the text does not have: "always" before text,
-                 also behind a control token; "first" at the very beginning only; "" nowhere
-    """
-
-    def __init__(self, name, sha256, pieces, controls, bos_id, eos_id, pad_id, encode_batch,
-                 template, dummy_space=""):
-        self.name, self.sha256, self.pieces, self.vocab_size = name, sha256, pieces, len(pieces)
-        self.controls, self.bos_id, self.eos_id, self.pad_id = controls, bos_id, eos_id, pad_id
-        self.template, self.dummy_space = template, dummy_space
-        self._encode_batch = encode_batch       # list of str -> list of lists of ids, on one core
-        ids = {**controls, "{bos}": bos_id, "{eos}": eos_id}
-        forms = "".join(map(str, template or ""))
+    def __post_init__(self):
+        self.vocab_size = len(self.pieces)      # all ids are below it
+        ids = {**self.controls, "{bos}": self.bos_id, "{eos}": self.eos_id}
+        forms = "".join(map(str, self.template or ""))
         self._ids = {text: id for text, id in ids.items() if text in forms}
         self._in_forms = re.compile(f"({'|'.join(map(re.escape, ['{}', *self._ids]))})")
-        self.end_id = ids[self._in_forms.findall(template.answer)[-1]] if template else eos_id
-        self.stop_ids = {eos_id, self.end_id}
+        self.end_id = self.eos_id               # what ends an answer
+        if self.template:
+            self.end_id = ids[self._in_forms.findall(self.template.answer)[-1]]
+        self.stop_ids = {self.eos_id, self.end_id}
 
     @property
     def id_dtype(self):
@@ -101,7 +103,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """A list of ids for each text. One core: whoever wants more starts more processes."""
-        return self._encode_batch([whole_characters(text) for text in texts])
+        return self.encoder([whole_characters(text) for text in texts])
 
     def piece(self, id):
         """The bytes of an id; none beyond the vocabulary, where a model may have unused rows."""
@@ -217,42 +219,43 @@ def from_sentencepiece(path, folder="", spec=None):
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; `python train_tokenizer.py` makes a tokenizer "
                          "(--tokenizer=gpt2 takes a ready one)") from None
-    try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=data)
-        n = sp.vocab_size() if data else 0
-        id_of = {sp.id_to_piece(id): id for id in range(n)}
-    except (RuntimeError, TypeError, ValueError):              # also a piece that is no UTF-8
-        n = 0
-    if not n or sp.eos_id() < 0:
+    sp = sentencepiece.SentencePieceProcessor()
+    names = []
+    with suppress(RuntimeError, ValueError):                   # also a piece that is no UTF-8
+        sp.LoadFromSerializedProto(data)
+        names = [sp.id_to_piece(id) for id in range(sp.vocab_size())]
+    if not names or sp.eos_id() < 0:
         raise SystemExit(f"{path}: not a whole sentencepiece model with an eos token ({len(data)} "
                          "bytes); make it again with `python train_tokenizer.py`")
-    pieces = [piece_bytes(sp, id) for id in range(n)]
-    controls = {piece: id for piece, id in id_of.items() if sp.is_control(id)}
-    bos_id = sp.bos_id() if sp.bos_id() >= 0 else sp.eos_id()
-    tokens = {"{bos}": sp.id_to_piece(bos_id), "{eos}": sp.id_to_piece(sp.eos_id())}
-    template = templates.find(controls, tokens, chat_template(folder) if folder else "",
-                              templates.QUESTION)
-    encode_batch, dummy_space = lambda texts: sp.encode(texts, num_threads=1), ""
-    if template is templates.OURS and "<0x00>" in id_of:
-        encode_batch = exact_encoder(sp, id_of)
-    elif sp.id_to_piece(sp.encode("a")[0]).startswith(SPACE):
+    pieces = [piece_bytes(sp, id, name) for id, name in enumerate(names)]
+    controls = {name: id for id, name in enumerate(names) if sp.is_control(id)}
+    eos_id = sp.eos_id()
+    bos_id = sp.bos_id() if sp.bos_id() >= 0 else eos_id
+    tokens = {"{bos}": names[bos_id], "{eos}": names[eos_id]}
+    jinja = chat_template(folder) if folder else ""
+    template = templates.find(controls, tokens, jinja, templates.QUESTION)
+    encode_batch = partial(sp.encode, num_threads=1)
+    dummy_space = ""
+    if template is templates.OURS and "<0x00>" in names:
+        encode_batch = exact_encoder(sp, names)
+    elif names[sp.encode("a")[0]].startswith(SPACE):
         dummy_space = dummy_space_of(spec or {})
-    if n == 64_789:
+    if len(names) == 64_789:
         pieces += [b""] * 4                     # ChatGLM2 has [MASK], [gMASK], [sMASK], sop on top
     return Tokenizer(
-        folder or path, hashlib.sha256(data).hexdigest(), pieces, controls, bos_id, sp.eos_id(),
+        folder or path, hashlib.sha256(data).hexdigest(), pieces, controls, bos_id, eos_id,
         max(sp.pad_id(), 0), encode_batch, template, dummy_space)
 
 
-def exact_encoder(sp, id_of):
+def exact_encoder(sp, names):
     """The encode_batch of our own models, which loses nothing.
 
     sentencepiece cannot tell U+2581 from a space, and cannot write a space that its training text
     did not have: both are spelled in bytes.
     """
-    spelled = {SPACE: [id_of[f"<0x{byte:02X}>"] for byte in SPACE.encode()]}
-    if SPACE not in id_of:
-        spelled[" "] = [id_of["<0x20>"]]
+    spelled = {SPACE: [names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]}
+    if SPACE not in names:
+        spelled[" "] = [names.index("<0x20>")]
     special = re.compile(f"([{''.join(spelled)}])")
 
     def encode_batch(texts):
@@ -265,26 +268,25 @@ def exact_encoder(sp, id_of):
     return encode_batch
 
 
-def piece_bytes(sp, id):
+def piece_bytes(sp, id, name):
     """The UTF-8 that a sentencepiece id stands for; b"" for control, unknown and unused ids."""
-    if sp.is_byte(id):
-        return bytes([int(sp.id_to_piece(id)[3:5], 16)])
     if sp.is_control(id) or sp.is_unknown(id) or sp.is_unused(id):
         return b""
-    return sp.id_to_piece(id).replace(SPACE, " ").encode("utf-8")
+    return bytes.fromhex(name[3:5]) if sp.is_byte(id) else utf8_of(name)
+
+
+def utf8_of(name):
+    """The UTF-8 of a piece's name, in which U+2581 stands for a space."""
+    return name.replace(SPACE, " ").encode("utf-8")
 
 
 # ---- tiktoken -----------------------------------------------------------------------------------
 
 def from_tiktoken(name, encoding):
     """A tiktoken encoding; its <|endoftext|> is bos, eos and pad at once, as in GPT-2."""
-    pieces = [b""] * encoding.n_vocab
-    for id in range(encoding.n_vocab):
-        try:
-            if not encoding.is_special_token(id):
-                pieces[id] = encoding.decode_single_token_bytes(id)
-        except KeyError:
-            pass                                # some encodings leave ids unused
+    pieces = [b""] * encoding.n_vocab           # some encodings leave ids unused
+    for piece in encoding.token_byte_values():
+        pieces[encoding.encode_single_token(piece)] = piece
     ranks = (b"%s %d\n" % (base64.b64encode(piece), id) for id, piece in enumerate(pieces) if piece)
     end = encoding.eot_token
 
@@ -311,25 +313,20 @@ def named_encoding(name):
 
 
 def rank_file(path):
-    """The tiktoken encoding of a local rank file; SystemExit names the first line that is wrong."""
+    """The tiktoken encoding of a local rank file; SystemExit if it is not whole."""
     import tiktoken
-    ranks = {}
     try:
         with open(path, "rb") as f:
-            for number, line in enumerate(f, start=1):
-                if line.strip():
-                    piece, rank = line.split()
-                    ranks[base64.b64decode(piece, validate=True)] = int(rank)
+            rows = [line.split() for line in f if line.strip()]
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
     except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}; a rank file holds one `base64(bytes) rank` "
-                         "per line, --tokenizer=gpt2 downloads GPT-2's") from None
+        raise SystemExit(f"{path}: {error.strerror}; --tokenizer=gpt2 downloads GPT-2's") from None
     except ValueError:
-        raise SystemExit(f"{path}: line {number} is not `base64(bytes) rank`; download the file "
-                         "again") from None
-    is_whole = sorted(ranks.values()) == list(range(len(ranks)))
-    if not is_whole or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise SystemExit(f"{path}: not a whole rank file: the ranks must be 0, 1, 2 ... without a "
-                         "gap and every single byte one of them; download the file again")
+        ranks = {}
+    is_whole = ranks.keys() >= {bytes([byte]) for byte in range(256)}
+    if not is_whole or sorted(ranks.values()) != list(range(len(ranks))):
+        raise SystemExit(f"{path}: not a whole rank file, which holds one `base64(bytes) rank` per "
+                         "line, every single byte and every rank from 0; download the file again")
     return tiktoken.Encoding(os.path.basename(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
@@ -383,14 +380,14 @@ def from_tokenizer_json(folder, spec, added):
     def encode_batch(texts):                    # the backend's own would take all cores
         return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
-    vocabulary, byte_level = backend.get_vocab(), '"ByteLevel"' in json.dumps(spec.get("decoder"))
+    vocabulary = backend.get_vocab()
+    controls = {name: vocabulary[name] for name, token in added.items() if token["special"]}
+    byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for piece, id in vocabulary.items():
-        if piece not in added:
-            pieces[id] = json_piece_bytes(piece, byte_level)
-        elif not added[piece]["special"]:
-            pieces[id] = piece.encode("utf-8")
-    controls = {name: vocabulary[name] for name, token in added.items() if token["special"]}
+        if piece not in controls:
+            as_it_is = piece in added
+            pieces[id] = piece.encode("utf-8") if as_it_is else json_piece_bytes(piece, byte_level)
     bos_id, eos_id, pad_id = (controls[name or eos] for name in (bos, eos, pad))
     content = [spec.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
     digest = hashlib.sha256(json.dumps([*content, bos_id, eos_id], sort_keys=True).encode())
@@ -433,7 +430,8 @@ def added_tokens(folder, spec):
     """{text: entry} of the added tokens of a tokenizer.json; SystemExit if they are none."""
     entries = spec.get("added_tokens", [])
     try:
-        return {token["content"] + "": token for token in entries if token["id"] >= 0}
+        return {token["content"] + "": token for token in entries
+                if token["content"] and token["id"] >= 0}
     except (TypeError, KeyError):
         raise SystemExit(f"{folder}/tokenizer.json: its added_tokens are damaged; download it "
                          "again") from None
@@ -481,7 +479,7 @@ def json_piece_bytes(piece, byte_level):
     if byte_level and set(piece) <= BYTE_OF.keys():
         return bytes(BYTE_OF[character] for character in piece)
     byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode("utf-8")
+    return bytes.fromhex(byte[1]) if byte else utf8_of(piece)
 
 
 def byte_characters():
@@ -489,11 +487,10 @@ def byte_characters():
 
     Source: openai/gpt-2, src/encoder.py.
     """
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-             *range(ord("®"), ord("ÿ") + 1)]
-    hidden = (byte for byte in range(256) if byte not in shown)
-    characters = {chr(256 + i): byte for i, byte in enumerate(hidden)}
-    return {**{chr(byte): byte for byte in shown}, **characters}
+    shown = {byte for byte in range(33, 256) if chr(byte).isprintable()}
+    hidden = sorted(set(range(256)) - shown)
+    characters = {chr(byte): byte for byte in shown}
+    return characters | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 BYTE_OF = byte_characters()

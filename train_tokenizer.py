@@ -146,19 +146,16 @@ def measure(tok, texts):
 
 
 def report(toks, test):
-    """{tokenizer: {corpus or "all": figures}} on the held-out texts."""
+    """{"TOKENIZER on CORPUS": figures} on the held-out texts, and on "all" of them."""
     test = {**test, "all": [text for texts in test.values() for text in texts]}
-    return {tok.name: {corpus: measure(tok, texts) for corpus, texts in test.items()}
-            for tok in toks}
+    return {f"{tok.name} on {corpus}": measure(tok, texts)
+            for tok in toks for corpus, texts in test.items()}
 
 
 def check_constants():
     """SystemExit with one sentence for constants that cannot work."""
-    if not RESERVED + 16 <= vocab_size <= 65_536:
-        raise SystemExit(f"--vocab_size={vocab_size}: must be between {RESERVED + 16} (control "
-                         "tokens, bytes and a few characters) and 65,536 (ids of 16 bits)")
-    if test_fraction >= 1:
-        raise SystemExit(f"--test_fraction={test_fraction}: must be below 1")
+    config.check_range(RESERVED + 16, 65_536, vocab_size=vocab_size)     # ids of 16 bits
+    config.check_range(0, 0.9, test_fraction=test_fraction)
     config.check_range(0.98, 1, character_coverage=character_coverage)
     config.check_range(1, 64, max_piece_length=max_piece_length)
     config.check_range(1, sample_bytes=sample_bytes, test_bytes=test_bytes)
@@ -171,7 +168,7 @@ def main():
     texts, test = sample(corpora)
     if not texts:
         raise SystemExit(f"{corpora}: no text to train on")
-    print(f"training on {sum(map(len, texts)):,} characters in {len(texts):,} texts")
+    print(f"training on {sum(map(len, texts)):,} characters; texts: {len(texts):,}")
     model = train(texts)
     with config.whole_file(out, "wb") as f:
         f.write(model)
@@ -181,15 +178,14 @@ def main():
         json.dump({"constants": constants, "sha256": tok.sha256, "held_out": figures}, f,
                   ensure_ascii=False, indent=1)
     print("on held-out text:")
-    for name, by_corpus in figures.items():
-        print_report({f"{name} on {corpus}": row for corpus, row in by_corpus.items()})
+    print_report(figures)
     longest = sorted((piece.decode("utf-8", "replace") for piece in tok.pieces), key=len)[-20:]
     print("longest pieces:", " ".join(json.dumps(piece, ensure_ascii=False) for piece in longest))
     print(f"wrote {out}: {vocab_size:,} pieces, sha256 {tok.sha256[:8]}")
     if not any(test.values()):
         print("the report is empty: of so few documents none was held out; perhaps "
               "--test_fraction=0.2")
-    if figures[out]["all"]["round_trip_failures"]:
+    if figures[f"{out} on all"]["round_trip_failures"]:
         raise SystemExit(f"{out}: some held-out text does not decode to itself; this is a bug, "
                          "please report it")
 

@@ -315,7 +315,7 @@ def score(model, prefix, prompts, answers, batch_size):
         h = model.hidden(x, model.rope[:, positions], mask, caches)                  # (B, T, C)
         h = torch.cat([h[b, at] for b, at in enumerate(sources)])              # (answer tokens, C)
         y = [id for i in batch for answer in answers[i] for id in answer]
-        nats = model.token_nats(h, torch.tensor(y, device=device))
+        nats = model.loss(h, torch.tensor(y, device=device), per_token=True)
         log_p = iter((-nats).tolist())
         for i in batch:
             scores[i] = [sum(next(log_p) for _ in answer) for answer in answers[i]]

@@ -1,6 +1,7 @@
 """config.py: constants from the command line, and files that are whole or absent."""
 import ast
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import math
 LETTERS = ["a"]
 steps   = 1_000              # optimizer steps
 rate    = 3e-4               # of learning; "#" stands in here
-shift   = -1                 # below zero
+shift   = 1                  # of the start
 name    = "out/a # b"        # a folder
 compile = False              # faster
 limit   = 10                 # of documents; 0: all
@@ -35,7 +36,7 @@ def override(tmp_path):
 
     def call(*argv):
         namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": "A script.", "later": 3,
-                     "LETTERS": ["a"], "steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b",
+                     "LETTERS": ["a"], "steps": 1000, "rate": 3e-4, "shift": 1, "name": "out/a # b",
                      "compile": False, "limit": 10}
         constants = config.override(namespace, list(argv))
         assert all(namespace[key] == value for key, value in constants.items())
@@ -50,13 +51,25 @@ def refused(call, *argv):
     return stopped.value.code
 
 
+@pytest.mark.parametrize("argument, said", [
+    ("--rate=1e300", "at most 1e12"), ("--name=\udcd6\udcd0.jsonl", "not in UTF-8")])
+def test_what_later_code_cannot_take_is_refused_at_once(override, argument, said):
+    assert said in refused(override, argument)
+
+
+def test_a_name_in_no_encoding_reaches_a_text_file_and_comes_back(tmp_path):
+    with config.whole_file(str(tmp_path / "meta.json")) as f:
+        json.dump({"第一": "\udcd6\udcd0.txt"}, f, ensure_ascii=False)
+    assert json.loads((tmp_path / "meta.json").read_text("utf-8")) == {"第一": "\udcd6\udcd0.txt"}
+
+
 def test_without_arguments_the_constants_are_those_of_the_file(override):
-    assert override() == {"steps": 1000, "rate": 3e-4, "shift": -1, "name": "out/a # b", "compile": False,
+    assert override() == {"steps": 1000, "rate": 3e-4, "shift": 1, "name": "out/a # b", "compile": False,
                           "limit": 10}
 
 
 @pytest.mark.parametrize("argument, name, value", [
-    ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3), ("--shift=-5", "shift", -5),
+    ("--steps=7", "steps", 7), ("--rate=1", "rate", 1.0), ("--rate=1e-3", "rate", 1e-3),
     ("--compile", "compile", True), ("--compile=true", "compile", True), ("--compile=False", "compile", False),
     ("--compile=0", "compile", False), ("--name=a=b", "name", "a=b"), ("--limit=0", "limit", 0), ("--steps=0", "steps", 0),
     ("--rate=0", "rate", 0.0), ("--name=", "name", ""),
@@ -68,11 +81,13 @@ def test_a_value_takes_the_type_of_its_default(override, argument, name, value):
 
 
 @pytest.mark.parametrize("argument, said", [
-    ("--steps=1.5", "int"), ("--steps=", "int"), ("--rate=fast", "float"), ("--rate=nan", "float"),
-    ("--rate=inf", "float"), ("--compile=maybe", "bool"), ("--steps", "write --steps=1000"),
+    ("--steps=1.5", "whole number"), ("--steps=", "whole number"), ("--rate=fast", "a number"),
+    ("--rate=nan", "a number"),
+    ("--rate=inf", "a number"), ("--compile=maybe", "true or false"), ("--steps", "write --steps=1000"),
     ("steps=3", "--name=value"), ("--step=3", "--steps"),
     ("--nmae=x", "--name"), ("--zzzz=1", "--help"), ("--later=4", "no constant"), ("--LETTERS=b", "no constant"),
-    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "negative"), ("--limit=-1", "negative"), ("--rate=-1e-3", "negative"),
+    ("--limit=12345678901234567890123", "2^63"), ("--steps=-3", "at least 0"), ("--limit=-1", "at least 0"),
+    ("--rate=-1e-3", "at least 0"),
     ("--=1", "no constant"), ("--__name__=x", "no constant")])
 def test_what_does_not_fit_is_refused_in_one_sentence(override, argument, said):
     assert said in refused(override, argument)
@@ -109,14 +124,14 @@ def test_help_prints_every_constant_with_default_and_comment(override, capsys):
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     shown = {line[1]: line[-1].strip() for line in lines if len(line) > 1}
     assert shown == {"--steps=1000": "optimizer steps", "--rate=0.0003": 'of learning; "#" stands in here',
-                     "--shift=-1": "below zero", "--name='out/a # b'": "a folder", "--compile=False": "faster",
+                     "--shift=1": "of the start", "--name='out/a # b'": "a folder", "--compile=False": "faster",
                      "--limit=10": "of documents; 0: all"}
 
 
 def test_an_imported_script_ignores_the_command_line(override, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest", "--steps=9", "-q"])
     namespace = {"__name__": "script", "__file__": str(tmp_path / "script.py"), "__doc__": "", "steps": 1000,
-                 "rate": 3e-4,                  "shift": -1, "name": "", "compile": False, "limit": 10}
+                 "rate": 3e-4,                  "shift": 1, "name": "", "compile": False, "limit": 10}
     assert config.override(namespace)["steps"] == 1000
     assert config.override({**namespace, "__name__": "__mp_main__"}, ["--steps=9"])["steps"] == 9   # a spawned worker
 
@@ -129,6 +144,14 @@ def test_every_constant_of_every_script_has_a_comment(script):
     assert comments and [name for name, comment in comments.items() if not comment] == []
     tree = ast.parse((ROOT / script).read_text("utf-8"))
     assert ast.get_docstring(tree), "--help prints the docstring"
+
+
+def test_what_only_shows_a_run_may_fail(capsys):
+    with config.only_watching("curve"):
+        raise SystemExit("no\nroom")
+    assert capsys.readouterr().out == "curve: not shown (no room)\n"
+    with pytest.raises(KeyboardInterrupt), config.only_watching("curve"):
+        raise KeyboardInterrupt
 
 
 def test_a_whole_file_takes_its_name_only_at_the_end(tmp_path):

@@ -181,7 +181,7 @@ def test_a_node_that_cannot_start_does_not_leave_the_other_waiting(machine):
 @pytest.mark.parametrize("wrong", ["--max_steps=many", "--mask_document=0"])
 def test_a_constant_that_is_wrong_on_one_node_ends_both(machine, wrong):
     one, two = ended(start([machine(), machine()], each=((), (wrong,))), seconds=60)
-    sentence = {"--max_steps=many": "--max_steps=many is not of type int",
+    sentence = {"--max_steps=many": "--max_steps=many: must be a whole number",
                 "--mask_document=0": "there is no constant 'mask_document'; perhaps --mask_documents"}[wrong]
     assert one.rc != 0 and two.rc != 0 and sentence in two.said
     assert "process 1 cannot begin: " in one.said and sentence in one.said

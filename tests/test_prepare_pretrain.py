@@ -141,7 +141,9 @@ def test_bad_records_and_duplicates_are_counted_by_reason(tmp_path, model, texts
     assert len(everything) == 101 and texts[2] in everything and near not in everything      # the first stays
     assert CONTROLS in everything                                            # as text: no control token
     assert said.index("3 dropped: exact duplicate") < said.index("2 dropped: broken JSON") < said.index("1 dropped: near dup")
-    assert "train: " in said and "val: " in said
+    shown = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+    assert shown["records"] == ["documents", "tokens", "bytes", "bytes_per_token"]
+    assert [shown[part][0] for part in ("train", "val")] == [str(len(splits[part])) for part in ("train", "val")]
     assert prepare(*settings, tmp_path / "all", "--val_fraction=0.2", "--dedup=false")[0] == 0
     assert len(sum(read(tmp_path / "all", tokenizer.load(model))[1].values(), [])) == 105
 

@@ -44,7 +44,8 @@ def saved(tok, tmp_path_factory):
     model = Model(shape).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    paths, folder = {}, tmp_path_factory.mktemp("serve")
+    paths = {}
+    folder = tmp_path_factory.mktemp("serve")
     state = {"model": model.state_dict(), "shape": vars(shape),
              "tokenizer": tok.name, "tokenizer_sha256": tok.sha256}
     for stage in "pretrain", "sft":
@@ -112,13 +113,18 @@ def alone(model, ids, n, seed, stop_ids, how):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_calls_that_join_and_leave_a_batch_say_what_each_says_alone(saved, temperature):
-    rng, batch = random.Random(1), Batch(saved.model, 4)
-    how, stop_ids, calls = (temperature, 0, 0.9, 1.1), {7, 9}, []
+    rng = random.Random(1)
+    batch = Batch(saved.model, 4)
+    how = (temperature, 0, 0.9, 1.1)
+    stop_ids = {7, 9}
+    calls = []
     # long and short in turn: what is in the cache moves to the right and back to the left
     for i, length in enumerate([3, 90, 1, 180, 20, CONTEXT - 1, 150, 5, 60, 2, 120, 7]):
-        ids, n = [rng.randrange(400) for _ in range(length)], rng.choice([1, 30, 400])
+        ids = [rng.randrange(400) for _ in range(length)]
+        n = rng.choice([1, 30, 400])
         calls.append(Call(ids, n, how, torch.Generator().manual_seed(i), stop_ids))
-    waiting, most = calls[:], 0
+    waiting = calls[:]
+    most = 0
     with torch.inference_mode():
         while waiting or batch.calls:
             if waiting and len(batch.calls) < 4 and (rng.random() < 0.2 or not batch.calls):
@@ -138,7 +144,8 @@ def test_calls_that_join_and_leave_a_batch_say_what_each_says_alone(saved, tempe
 
 
 def test_scores_are_the_networks_own_log_probabilities(saved):
-    batch, generator = Batch(saved.model, 1), torch.Generator().manual_seed(0)
+    batch = Batch(saved.model, 1)
+    generator = torch.Generator().manual_seed(0)
     call = Call([1, 50, 60], 3, (0.7, 0, 0.9, 1.3), generator, set(), n_top=4)
     with torch.inference_mode():
         events = batch.join(call) + batch.step() + batch.step()
@@ -169,7 +176,8 @@ def sample_says(monkeypatch, capsys):
 def test_a_chat_answer_is_that_of_sample_py(sft, saved, tok, sample_says, how):
     said = sample_says(saved.sft, "你是谁？", **how)
     whole = sft.chat(max_tokens=25, **how)
-    choice, usage = whole.choices[0], whole.usage
+    choice = whole.choices[0]
+    usage = whole.usage
     assert said
     assert choice.message.content == said
     assert choice.message.role == "assistant"
@@ -275,21 +283,49 @@ def test_what_other_clients_send_is_understood(sft):
     parts = [{"type": "text", "text": "你是"}, {"type": "text", "text": "谁？"}]
     sent = [{"role": "system", "content": "简短。"}, {"role": "user", "content": parts}]
     plain = [{"role": "developer", "content": "简短。"}, *QUESTION]
-    neutral = dict(n=1, frequency_penalty=0, presence_penalty=0, stop=[""], user="u", tools=[],
-                   response_format={"type": "text"}, extra_body={"chat_id": "1"})
+    neutral = dict(
+        n=1,
+        frequency_penalty=0,
+        presence_penalty=0,
+        stop=[""],
+        user="u",
+        tools=[],
+        response_format={"type": "text"},
+        extra_body={"chat_id": "1"})
     said = sft.chat(messages=sent, temperature=0, max_tokens=12, **neutral)
     expected = sft.chat(messages=plain, temperature=0, max_tokens=12)
     assert said.choices[0].message == expected.choices[0].message
 
 
-FIELDS = ['"temperature": -1', '"temperature": NaN', '"temperature": "hot"', '"top_p": 0',
-          '"top_p": true', '"top_k": -1', '"repetition_penalty": 1e9', '"max_tokens": 0',
-          '"max_tokens": 1.5', '"seed": -1', '"seed": 99999999999999999999', '"logprobs": 21',
-          '"stop": [1]', '"stop": ["a"' + ', "a"' * 16 + ']',
-          '"stream": "false"', '"n": 2', '"echo": true', '"best_of": 3',
-          '"frequency_penalty": 0.5', '"logit_bias": {"5": 100}', '"prompt": ["a", "b"]']
-MESSAGES = ['', '3', '{"role": "tool", "content": "a"}', '{"role": ["user"], "content": "a"}',
-            '{"role": "user"}', '{"role": "user", "content": [{"type": "image_url"}]}']
+FIELDS = [
+    '"temperature": -1',
+    '"temperature": NaN',
+    '"temperature": "hot"',
+    '"top_p": 0',
+    '"top_p": true',
+    '"top_k": -1',
+    '"repetition_penalty": 1e9',
+    '"max_tokens": 0',
+    '"max_tokens": 1.5',
+    '"seed": -1',
+    '"seed": 99999999999999999999',
+    '"logprobs": 21',
+    '"stop": [1]',
+    '"stop": ["a"' + ', "a"' * 16 + ']',
+    '"stream": "false"',
+    '"n": 2',
+    '"echo": true',
+    '"best_of": 3',
+    '"frequency_penalty": 0.5',
+    '"logit_bias": {"5": 100}',
+    '"prompt": ["a", "b"]']
+MESSAGES = [
+    '',
+    '3',
+    '{"role": "tool", "content": "a"}',
+    '{"role": ["user"], "content": "a"}',
+    '{"role": "user"}',
+    '{"role": "user", "content": [{"type": "image_url"}]}']
 WRONG = [(400, CHAT, "{"), (400, CHAT, "[1]"), (400, CHAT, "[" * 100_000), (400, TEXT, "{}"),
          (404, "/v1/other", "{}"), (405, "/v1/models", "{}"),
          *((400, TEXT, f'{{"prompt": "a", {field}}}') for field in FIELDS),
@@ -348,7 +384,8 @@ def test_many_clients_at_once_get_the_answers_of_one_alone(sft, saved, tok):
     with ThreadPoolExecutor(8) as pool:
         said = list(pool.map(ask, range(8)))
     for i, (messages, text) in enumerate(said):
-        prompt, how = tok.prompt(messages), (serve.temperature, 0, 0.9)
+        prompt = tok.prompt(messages)
+        how = (serve.temperature, 0, 0.9)
         expected = alone(saved.model, prompt, 10 + 9 * i, i, tok.stop_ids, how)
         assert text == tok.decode(expected)
 
@@ -361,14 +398,18 @@ def gate(monkeypatch):
     is set when one comes.
     """
     gate = SimpleNamespace(steps=threading.Semaphore(0), came=threading.Event(), calls=[])
-    step, join, submit, cancel = Batch.step, Batch.join, Worker.submit, Worker.cancel
+    step = Batch.step
+    join = Batch.join
+    submit = Worker.submit
+    cancel = Worker.cancel
 
     def held_step(batch):
         assert gate.steps.acquire(timeout=30)
         return step(batch)
 
     def seen_submit(worker, call):
-        call.joined, call.gone = threading.Event(), threading.Event()
+        call.joined = threading.Event()
+        call.gone = threading.Event()
         gate.calls.append(call)
         accepted = submit(worker, call)
         gate.came.set()
@@ -464,7 +505,8 @@ def test_the_end_of_the_server_is_told_to_those_who_wait(saved, gate, monkeypatc
     monkeypatch.setattr(Worker, "end", open_gate_and_end)
     with ThreadPoolExecutor(2) as pool:
         with serving(saved) as site:
-            whole, stream = ask(False), ask(True)
+            whole = ask(False)
+            stream = ask(True)
         status, _, reply = whole.result(30)
         assert status == 503
         assert json.loads(reply)["error"]["message"] == "the server was stopped"
@@ -528,7 +570,8 @@ def test_the_script_serves_until_ctrl_c(saved, monkeypatch, capsys):
             monkeypatch.setattr(serve, name, value)
         with pytest.raises(SystemExit, match=f"--port={port}: "):
             serve.main()
-    run, seen = uvicorn.Server.run, []
+    run = uvicorn.Server.run
+    seen = []
 
     def ask_and_interrupt():
         seen.append(request(SimpleNamespace(port=port), "GET", "/v1/models")[0])
@@ -569,7 +612,8 @@ def browser():
 @contextmanager
 def opened(browser, site, **options):
     """A new visitor's page; no error in its code, and nothing that its own policy forbids."""
-    context, problems = browser.new_context(**options), []
+    context = browser.new_context(**options)
+    problems = []
     page = context.new_page()
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda said: problems.append(said.text))
