@@ -52,6 +52,7 @@ lora_alpha      = 32.0                    # the updates count lora_alpha / lora_
 seed            = 1337                    # of the order of the data and of LoRA's first updates
 # machine
 shard           = ""                      # optimizer | full: processes share it (sharding.py)
+offload         = False                   # with shard: the shares are in the host's memory
 recompute       = False                   # compute blocks twice: less memory, a third more time
 device          = "auto"                  # auto | cuda | mps | cpu
 dtype           = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -211,15 +212,15 @@ def main():
                 "beta": beta, "nll_weight": nll_weight, "label_smoothing": label_smoothing}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "dpo", identity)
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
-    process = runtime.start(device, batch_pairs, must_agree)
+    process = runtime.start(device, batch_pairs, must_agree, offload)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
-    runtime.check_sharding(shard, "off", dtype_name, batch_pairs, process)
+    runtime.check_sharding(shard, offload, "off", dtype_name, batch_pairs, process)
 
     model = Model.from_state(shape, pretrained.pop("model"))
     model.recompute = recompute
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
-    forward = runtime.parallel(model, process, shard, dtype_name)
+    forward = runtime.parallel(model, process, shard, dtype_name, offload)
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     # computed once, with the first model; after the optimizers, as it leaves the weights gathered
     for part, data in (("train", train), ("val", val)):
