@@ -460,7 +460,7 @@ class Model(nn.Module):
         bytes_kept(); the weights in the dtype of the products; what each block keeps for the
         backward pass; and on top the larger of a block's backward pass and the loss. The factors
         were measured, see the test. Where processes share the model, each gathers the weights of
-        two blocks at a time, or all of them.
+        two blocks at a time, or all of them, and has the whole gradients of two.
         """
         c, size = self.config, dtype.itemsize
         shares = shares or self.shares
@@ -480,18 +480,20 @@ class Model(nn.Module):
         loss = c.vocab_size * chunk * per_logit
         if self.head.weight.requires_grad:
             loss += c.vocab_size * c.dim * (4 + size)
-        weights = 0 if self.offloads else self.bytes_kept(shares)
+        total = 0 if self.offloads else self.bytes_kept(shares)
+        in_blocks = sum(p.numel() for p in self.blocks.parameters())
+        outside = self.n_params() - in_blocks
         is_cut = shares > 1 or self.offloads
+        at_once = in_blocks
+        if is_cut and not self.keeps_weights:
+            at_once = min(in_blocks, 2 * in_blocks // c.n_layers)
         if size < 4 or is_cut:                 # copies for the products
-            in_blocks = sum(p.numel() for p in self.blocks.parameters())
-            outside = self.n_params() - in_blocks
-            at_once = in_blocks
-            if is_cut and not self.keeps_weights:
-                two_blocks = 2 * in_blocks // c.n_layers
-                at_once = min(in_blocks, two_blocks)
-            weights += size * (outside + at_once)
+            total += size * (outside + at_once)
+        if is_cut:                             # gradients of two blocks, not yet divided
+            trained = sum(p.numel() for p in self.blocks.parameters() if p.requires_grad)
+            total += (size + 4) * min(trained, 2 * trained // c.n_layers)
         kept = rows * T * c.dim * size if self.recompute else block
-        return weights + c.n_layers * kept + max(block, loss)
+        return total + c.n_layers * kept + max(block, loss)
 
 
 # -----------------------------------------------------------------------------------------------

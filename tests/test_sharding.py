@@ -134,8 +134,9 @@ def test_the_estimate_of_memory_divides_what_is_shared(tok):
     # Muon, for the matrices of the blocks, has one moment for AdamW's two
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     held = 16 * weights - 4 * matrices
-    assert alone - kept == held * 3 / 4 - 4 * weights            # all are gathered in the passes
     blocks = sum(p.numel() for p in model.blocks.parameters())
+    gradients = (4 + 4) * blocks * 2 / 8                         # of two blocks, and as they are sent
+    assert alone - kept == held * 3 / 4 - 4 * weights - gradients      # all weights are gathered
     assert kept - full == 4 * blocks * 6 / 8                               # or those of two blocks
     assert model.bytes_to_train(1, 8, torch.float32, shares=1) == alone
     model.offloads = True
