@@ -264,7 +264,7 @@ class Model(nn.Module):
     shares = 1                     # processes that share the weights, see sharding.py
     keeps_weights = True           # all weights are there during a step, not a block's at a time
     offloads = False               # what bytes_kept() counts is in the host's memory
-    has_muon = True                # which keeps one moment of a block's matrices, AdamW two
+    has_muon = True                # for the matrices of the blocks: one moment, AdamW keeps two
     static_caches = False          # by compile_generation(): a CUDA graph writes to the same places
 
     def __init__(self, config):

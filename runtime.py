@@ -491,18 +491,15 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
 def memory_as_text(model, rows, T, dtype):
     """The estimate for a process; where processes share the model, also for 1, 2, 8 of them."""
     gib = model.bytes_to_train(rows, T, dtype) / 2**30
-    what, estimate = "weights, gradients, moments, ", None
-    if model.shares > 1:
-        estimate = functools.partial(model.bytes_to_train, rows, T, dtype)
+    kept = "weights, gradients, moments"
+    sentence = f"about {gib:.1f} GiB a process: {kept}, activations of {rows} rows, logits"
+    numbers = [model.bytes_to_train(rows, T, dtype, n) / 2**30 for n in (1, 2, 8)]
     if model.offloads:
-        what, estimate = "weights in use, ", model.bytes_kept
-    sentence = f"about {gib:.1f} GiB a process: {what}activations of {rows} rows, logits"
-    if model.offloads:
-        host = model.bytes_kept() / 2**30
-        sentence += f"; {host:.1f} GiB in the host's memory: weights, gradients, moments"
-    if estimate:
-        others = ", ".join(f"{estimate(shares=n) / 2**30:.1f}" for n in (1, 2, 8))
-        sentence += f" ({others} GiB with 1, 2, 8 processes)"
+        numbers = [model.bytes_kept(n) / 2**30 for n in (1, 2, 8)]
+        sentence = (f"about {gib:.1f} GiB a process: weights in use, activations of {rows} rows, "
+                    f"logits; {model.bytes_kept() / 2**30:.1f} GiB in the host's memory: {kept}")
+    if model.shares > 1 or model.offloads:
+        sentence += " ({:.1f}, {:.1f}, {:.1f} GiB with 1, 2, 8 processes)".format(*numbers)
     return sentence
 
 
