@@ -11,6 +11,7 @@ what is different. Writes to out_dir: last.pt, best.pt, log.csv, run.json, curve
 """
 import config                                  # before torch: sets how its threads wait
 import math
+import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -52,6 +53,7 @@ lora_alpha      = 32.0                    # the updates count lora_alpha / lora_
 seed            = 1337                    # of the order of the data and of LoRA's first updates
 # machine
 shard           = ""                      # optimizer | full: processes share it (sharding.py)
+offload         = False                   # with shard: the shares are in the host's memory
 recompute       = False                   # compute blocks twice: less memory, a third more time
 device          = "auto"                  # auto | cuda | mps | cpu
 dtype           = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -68,6 +70,12 @@ constants = runtime.override(globals())
 COLUMNS = "val_accuracy val_margin val_preferred val_chosen val_rejected".split()
 
 
+def prepare(folder):
+    """What to do, in words, if there are no pairs."""
+    return (f"run python prepare_sft.py --data_dir={folder} with a corpus of preferences "
+            "(python corpora.py lists them)")
+
+
 class Pairs:
     """The pairs of one split: examples 2 i and 2 i + 1 of the bins are the chosen and the rejected
     answer to one question.
@@ -79,8 +87,7 @@ class Pairs:
     def __init__(self, part, meta, size, vocab_size):
         n = meta[part]["examples"]
         if not meta.get("pairs") or n % 2:
-            raise SystemExit(f"{data_dir}: holds no pairs of answers; run python prepare_sft.py "
-                             "with a corpus of preferences (python corpora.py lists them)")
+            raise SystemExit(f"{data_dir}: holds no pairs of answers; {prepare('data/dpo')}")
         self.tokens, self.mask, self.starts, lengths, targets = checkpoints.open_examples(
             data_dir, part, meta, size, vocab_size)
         self.n, self.longest = n // 2, int(lengths.max(initial=0))
@@ -191,6 +198,8 @@ def main():
     config.check_range(0, 0.5, label_smoothing=label_smoothing)
     made_by = "prepare_sft.py"
     tok = load_tokenizer(tokenizer)
+    if not os.path.exists(f"{data_dir}/meta.json"):
+        raise SystemExit(f"{data_dir}/meta.json: not there; {prepare(data_dir)}")
     meta = checkpoints.read_meta(f"{data_dir}/meta.json", tok, made_by)
     pretrained = checkpoints.load_for(checkpoint, tok)
     shape = pretrained["shape"]
@@ -211,15 +220,15 @@ def main():
                 "beta": beta, "nll_weight": nll_weight, "label_smoothing": label_smoothing}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "dpo", identity)
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
-    process = runtime.start(device, batch_pairs, must_agree)
+    process = runtime.start(device, batch_pairs, must_agree, offload)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
-    runtime.check_sharding(shard, "off", dtype_name, batch_pairs, process)
+    runtime.check_sharding(shard, offload, "off", dtype_name, batch_pairs, process)
 
     model = Model.from_state(shape, pretrained.pop("model"))
     model.recompute = recompute
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
-    forward = runtime.parallel(model, process, shard, dtype_name)
+    forward = runtime.parallel(model, process, shard, dtype_name, offload)
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     # computed once, with the first model; after the optimizers, as it leaves the weights gathered
     for part, data in (("train", train), ("val", val)):
@@ -289,7 +298,7 @@ def main():
                 row.update(figures)
                 if figures["val_loss"] < best:
                     best = figures["val_loss"]
-                    run.save("best.pt", model, step, val_loss=best)
+                    run.save("best.pt", model, step, **figures)
         run.log(row)
         if evaluating or stopping or (save_interval and step % save_interval == 0):
             run.save("last.pt", model, step, optimizers=[o.state_dict() for o in optimizers],

@@ -262,6 +262,8 @@ class Model(nn.Module):
     recompute = False              # keep only the blocks' inputs for the backward pass
     shares = 1                     # processes that share the weights, see sharding.py
     keeps_weights = True           # all weights are there during a step, not a block's at a time
+    offloads = False               # what bytes_kept() counts is in the host's memory
+    has_muon = True                # for the matrices of the blocks: one moment, AdamW keeps two
     static_caches = False          # by compile_generation(): a CUDA graph writes to the same places
 
     def __init__(self, config):
@@ -426,16 +428,29 @@ class Model(nn.Module):
         attended = c.n_layers * c.n_heads * c.head_dim * seq_len // 2
         return 6 * weights + 12 * attended
 
-    def bytes_to_train(self, rows, T, dtype):
-        """Estimate of the peak memory, in bytes, of a training step with `rows` rows of T tokens.
+    def bytes_kept(self, shares=0):
+        """Bytes that a process keeps from step to step, if so many share them; 0: as many as do.
 
         Float32 weights; of those that are trained the gradients (DDP's buckets are the gradients)
-        and two moments; the weights in the dtype of the products; what each block keeps for the
+        and the moments.
+        """
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        numbers = self.n_params() + 3 * trained
+        if self.has_muon:
+            matrices = [p for p in self.blocks.parameters() if p.requires_grad and p.ndim == 2]
+            numbers -= sum(p.numel() for p in matrices)
+        return 4 * numbers / (shares or self.shares)
+
+    def bytes_to_train(self, rows, T, dtype, shares=0):
+        """Estimate of the peak memory, in bytes, of a training step with `rows` rows of T tokens.
+
+        bytes_kept(); the weights in the dtype of the products; what each block keeps for the
         backward pass; and on top the larger of a block's backward pass and the loss. The factors
         were measured, see the test. Where processes share the model, each gathers the weights of
-        two blocks at a time, or all of them.
+        two blocks at a time, or all of them, and has the whole gradients of two.
         """
         c, size = self.config, dtype.itemsize
+        shares = shares or self.shares
         heads = (c.n_heads + c.n_kv_heads) * c.head_dim
         if self.is_compiled:
             numbers = 4 * c.dim + 3 * heads + 2 * c.hidden_dim
@@ -452,18 +467,20 @@ class Model(nn.Module):
         loss = c.vocab_size * chunk * per_logit
         if self.head.weight.requires_grad:
             loss += c.vocab_size * c.dim * (4 + size)
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        weights = (4 * self.n_params() + 12 * trained) / self.shares
-        if size < 4 or self.shares > 1:        # copies for the products
-            in_blocks = sum(p.numel() for p in self.blocks.parameters())
-            outside = self.n_params() - in_blocks
-            at_once = in_blocks
-            if not self.keeps_weights:
-                two_blocks = 2 * in_blocks // c.n_layers
-                at_once = min(in_blocks, two_blocks)
-            weights += size * (outside + at_once)
+        total = 0 if self.offloads else self.bytes_kept(shares)
+        in_blocks = sum(p.numel() for p in self.blocks.parameters())
+        outside = self.n_params() - in_blocks
+        is_cut = shares > 1 or self.offloads
+        at_once = in_blocks
+        if is_cut and not self.keeps_weights:
+            at_once = min(in_blocks, 2 * in_blocks // c.n_layers)
+        if size < 4 or is_cut:                 # copies for the products
+            total += size * (outside + at_once)
+        if is_cut:                             # gradients of two blocks, not yet divided
+            trained = sum(p.numel() for p in self.blocks.parameters() if p.requires_grad)
+            total += (size + 4) * min(trained, 2 * trained // c.n_layers)
         kept = rows * T * c.dim * size if self.recompute else block
-        return weights + c.n_layers * kept + max(block, loss)
+        return total + c.n_layers * kept + max(block, loss)
 
 
 # -----------------------------------------------------------------------------------------------

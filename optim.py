@@ -149,6 +149,7 @@ def make_optimizers(model, lr, muon_lr, weight_decay, dtype="float32"):
         half = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         muon = Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=half)
         optimizers.append(muon)
+    model.has_muon = bool(hidden)              # for its estimate of the memory
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -57,6 +57,7 @@ grad_clip      = 1.0                     # clip the gradient's norm to this; 0: 
 seed           = 1337                    # of the initial weights and the order of the data
 # machine
 shard          = ""                      # optimizer | full: processes share the model (sharding.py)
+offload        = False                   # with shard: the shares are in the host's memory
 recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -176,9 +177,9 @@ def main():
                 "seed": seed}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "pretrain", identity)
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
-    process = runtime.start(device, batch_rows, must_agree)
+    process = runtime.start(device, batch_rows, must_agree, offload)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
-    runtime.check_sharding(shard, compile, dtype_name, batch_rows, process)
+    runtime.check_sharding(shard, offload, compile, dtype_name, batch_rows, process)
 
     torch.manual_seed(seed)
     if pretrained:
@@ -186,7 +187,7 @@ def main():
     else:
         model = Model(shape)
     model.recompute = recompute
-    forward = runtime.parallel(model, process, shard, dtype_name)
+    forward = runtime.parallel(model, process, shard, dtype_name, offload)
     optimizers = make_optimizers(model, lr, muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory

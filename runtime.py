@@ -63,12 +63,13 @@ class Process:
             sys.stdout.flush()
 
 
-def start(device, batch_rows=1, constants=()):
+def start(device, batch_rows=1, constants=(), offload=False):
     """Join the processes that torchrun started, or be the only one; returns a Process.
 
-    device: auto (CUDA, else Apple's MPS, else CPU) or one of cuda, mps, cpu. Raises SystemExit if
-    the device is not there or batch_rows, the rows of the global batch, do not give every process
-    one; then also if the processes were started with different constants.
+    device: auto (CUDA, else Apple's MPS, else CPU) or one of cuda, mps, cpu. offload: they will
+    also exchange tensors in the host's memory. Raises SystemExit if the device is not there or
+    batch_rows, the rows of the global batch, do not give every process one; then also if the
+    processes were started with different constants.
     """
     device = choose_device(device)
     if device.type == "mps" and WORLD_SIZE > 1:
@@ -87,7 +88,10 @@ def start(device, batch_rows=1, constants=()):
         threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
         wait_for_others()
         nccl = device.type == "cuda" and dist.is_nccl_available()        # not on Windows
-        dist.init_process_group("nccl" if nccl else "gloo", rank=RANK, world_size=WORLD_SIZE,
+        backend = "nccl" if nccl else "gloo"
+        if nccl and offload:
+            backend = "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
                                 store=dist.PrefixStore("group", message_store()),
                                 device_id=device if nccl else None)
         check_equal(constants, process)
@@ -228,34 +232,42 @@ def check_equal(constants, process):
                          "shared folder)")
 
 
-def check_sharding(shard, compile, dtype, batch, process):
+def check_sharding(shard, offload, compile, dtype, batch, process):
     """SystemExit if this run cannot be sharded. batch: rows or pairs of the global batch."""
     if shard not in sharding.MODES:
         raise SystemExit(f"--shard={shard}: choose optimizer or full, or leave it empty")
+    if offload and not shard:
+        raise SystemExit("--offload keeps the shares of --shard in the host's memory: add "
+                         "--shard=full; one process is enough")
+    if offload and process.device.type == "mps":
+        raise SystemExit("--offload: Apple's MPS has no memory of its own, nothing would be gained")
     if not shard:
         return
     if torch.__version__ < sharding.OLDEST:
         raise SystemExit(f"--shard={shard} needs PyTorch {sharding.OLDEST} or newer, this is "
                          f"{torch.__version__}")
     n = process.world_size
-    if n == 1:
+    if n == 1 and not offload:
         raise SystemExit(f"--shard={shard} shares a model among processes: start several with "
-                         "torchrun --nproc_per_node=")
+                         "torchrun --nproc_per_node=, or add --offload")
     if batch % n:
         raise SystemExit(f"--shard={shard}: {n} processes cannot share a batch of {batch} evenly; "
                          "choose a batch that they divide")
     if dtype == "float16" or compile == "on":
         raise SystemExit(f"--shard={shard} works with neither --dtype=float16 nor --compile=on")
     process.print(f"--shard={shard}: no samples are drawn and nothing is compiled")
+    if offload and process.device.type == "cpu":
+        process.print("--offload: nothing is gained on a CPU, all is in the host's memory already")
 
 
-def parallel(model, process, shard, dtype):
+def parallel(model, process, shard, dtype, offload=False):
     """The model on its device, ready for several processes; the result has no_sync().
 
-    shard: see sharding.py. Otherwise DistributedDataParallel, or with one process the model itself.
+    shard, offload: see sharding.py. Otherwise DistributedDataParallel, or with one process the
+    model itself.
     """
     if shard:
-        return sharding.shard(model, process, shard, DTYPES[dtype])
+        return sharding.shard(model, process, shard, DTYPES[dtype], offload)
     model.to(process.device)
     if process.world_size == 1:
         model.no_sync = nullcontext
@@ -278,6 +290,7 @@ def finish(process, code, step, best, out_dir, title):
             print(draw_curve(out_dir, title))
     if dist.is_initialized():
         dist.destroy_process_group()
+    if process.world_size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -395,7 +408,9 @@ def rows_that_fit(model, process, dtype, batch_rows, T):
     if process.device.type != "cuda":
         return 16
     free, _ = torch.cuda.mem_get_info(process.device)
-    weights = 4 * model.n_params() / model.shares              # these are there already
+    weights = 0                                # of them, what is there already
+    if not model.offloads:
+        weights = 4 * model.n_params() / model.shares
     rows, share = 1, batch_rows / process.world_size
     while rows < share and (model.bytes_to_train(2 * rows, T, DTYPES[dtype]) - weights
                             < 0.9 * free):
@@ -445,7 +460,6 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
     """Say what a run, of rows of T tokens, is and will cost; returns {what: sentence}."""
     n, device = process.world_size, process.device
     tokens, rows = steps * batch_rows * T, min(micro_batch, math.ceil(batch_rows / n))
-    gib = model.bytes_to_train(rows, T, DTYPES[dtype]) / 2**30
     flops, rate = model.flops_per_token(T), matmul_rate(device, dtype)
     seconds = tokens * flops / (0.35 * rate * n)
     packed = model.has_packed_attention(DTYPES[dtype])
@@ -461,8 +475,7 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
                 "in each process",
         "training": f"{steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} "
                     f"epochs of {n_rows:,} rows",
-        "memory": f"about {gib:.1f} GiB a process: weights, gradients, moments, activations of "
-                  f"{rows} rows, logits",
+        "memory": memory_as_text(model, rows, T, DTYPES[dtype]),
         "time": f"about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / "
                 f"(35 % of {n} x {rate:.3g} FLOP/s measured); the lines of the steps say what is "
                 "left by their own speed"}
@@ -473,6 +486,21 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
                              "may be faster (OMP_NUM_THREADS=1)")
     process.print("\n".join(f"{what:<11} {sentence}" for what, sentence in facts.items()))
     return facts
+
+
+def memory_as_text(model, rows, T, dtype):
+    """The estimate for a process; where processes share the model, also for 1, 2, 8 of them."""
+    gib = model.bytes_to_train(rows, T, dtype) / 2**30
+    kept = "weights, gradients, moments"
+    sentence = f"about {gib:.1f} GiB a process: {kept}, activations of {rows} rows, logits"
+    numbers = [model.bytes_to_train(rows, T, dtype, n) / 2**30 for n in (1, 2, 8)]
+    if model.offloads:
+        numbers = [model.bytes_kept(n) / 2**30 for n in (1, 2, 8)]
+        sentence = (f"about {gib:.1f} GiB a process: weights in use, activations of {rows} rows, "
+                    f"logits; {model.bytes_kept() / 2**30:.1f} GiB in the host's memory: {kept}")
+    if model.shares > 1 or model.offloads:
+        sentence += " ({:.1f}, {:.1f}, {:.1f} GiB with 1, 2, 8 processes)".format(*numbers)
+    return sentence
 
 
 def seconds_as_text(seconds):

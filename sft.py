@@ -47,6 +47,7 @@ lora_alpha     = 32.0                    # the updates count lora_alpha / lora_r
 seed           = 1337                    # of the order of the data and of LoRA's first updates
 # machine
 shard          = ""                      # optimizer | full: processes share the model (sharding.py)
+offload        = False                   # with shard: the shares are in the host's memory
 recompute      = False                   # compute blocks twice: much less memory, a third more time
 device         = "auto"                  # auto | cuda | mps | cpu
 dtype          = "auto"                  # auto (bfloat16 if fast) | bfloat16 | float16 | float32
@@ -174,9 +175,9 @@ def main():
                 "seed": seed, "lora_rank": lora_rank, "lora_alpha": lora_rank and lora_alpha}
     saved = checkpoints.open_run(out_dir, resume, overwrite, "sft", identity)
     must_agree = {**constants, "the step of last.pt": saved and saved["step"]}
-    process = runtime.start(device, batch_rows, must_agree)
+    process = runtime.start(device, batch_rows, must_agree, offload)
     dtype_name, autocast, scaler = runtime.precision(process.device, dtype)
-    runtime.check_sharding(shard, compile, dtype_name, batch_rows, process)
+    runtime.check_sharding(shard, offload, compile, dtype_name, batch_rows, process)
 
     if lora_rank and pretrained["stage"] == "pretrain":
         process.print("LoRA trains no embeddings, and this model has not learnt those of the chat "
@@ -185,7 +186,7 @@ def main():
     model.recompute = recompute
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, seed)
-    forward = runtime.parallel(model, process, shard, dtype_name)
+    forward = runtime.parallel(model, process, shard, dtype_name, offload)
     optimizers = make_optimizers(model, lr, 0 if lora_rank else muon_lr, weight_decay, dtype_name)
     start, best, skipped = checkpoints.restore(saved, model, optimizers, scaler)
     saved = None                               # frees the host's memory

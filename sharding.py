@@ -6,6 +6,10 @@ DTensor, of which each process holds some rows. The weights of a block are gathe
 With --shard=full they are dropped right after, with --shard=optimizer after the backward pass,
 which saves a third of the communication and takes the memory of all weights.
 
+With --offload the shares of weights, gradients and moments lie in the host's memory: a card holds
+what it computes with, and the optimizers run on the processor (Ren et al. 2021, ZeRO-Offload,
+arXiv:2101.06840). One process is enough for that.
+
 Checkpoints are the same with and without: whole() gathers to save, share() cuts what is loaded.
 """
 from contextlib import nullcontext
@@ -14,23 +18,31 @@ import torch
 import torch.distributed as dist
 
 MODES = "", "optimizer", "full"
-OLDEST = "2.9"                 # the oldest PyTorch that this was run with; 2.6 cannot share()
+OLDEST = "2.9"                 # the oldest PyTorch that this was run with
 
 
-def shard(model, process, mode, dtype):
+def shard(model, process, mode, dtype, offload):
     """Cut the parameters of the model into shares and move this process's to its device.
 
-    dtype: of the matrix products; the weights are gathered in it.
+    dtype: of the matrix products; the weights are gathered in it. offload: the shares stay in the
+    host's memory.
     """
     from torch.distributed.device_mesh import init_device_mesh         # slow to import, so here
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard)
+    if not dist.is_initialized():              # one process, which offloads
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    device = process.device
+    mesh = init_device_mesh(device.type, (process.world_size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision,
+    policy = OffloadPolicy()
+    if offload:
+        policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for module in (*model.blocks, model):      # which moves the buffers to the device
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=policy,
                     reshard_after_forward=mode == "full")
-    model.to(process.device)                   # the buffers
     model.shares, model.keeps_weights = process.world_size, mode == "optimizer"
+    model.offloads = offload
     # gradients are exchanged in every round, so that no process ever holds all of them
     model.no_sync = nullcontext
     return model
@@ -59,10 +71,12 @@ def share(tensor, like):
     """A whole tensor cut as a parameter is; one of another shape as it is."""
     if not is_cut(like) or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-    tensor = tensor.to(like.device)
-    # src_data_rank: every process has the whole, so that nothing is sent
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    result = torch.empty_like(like, requires_grad=False)       # on its device: the host's, perhaps
+    rows = local(result)
+    if len(rows):                              # the last processes may have none
+        pieces = tensor.chunk(dist.get_world_size())           # every process has the whole
+        rows.copy_(pieces[dist.get_rank()])
+    return result
 
 
 def whole(value):

@@ -89,7 +89,7 @@ def arrow(axes, *points):
 
 def pipeline():
     """The way from text to chat: scripts, and the files between them."""
-    figure, axes = picture(7, 9.1)
+    figure, axes = picture(7, 10.6)
     left = 1.8
     right = 5.2
     middle = 3.5
@@ -109,7 +109,7 @@ def pipeline():
         "out/sft/\nbest.pt  last.pt  log.csv",
         "sample.py   eval_bleu.py",
         "chat; BLEU-4 and a table"]
-    rows = [8.6, 6.0, 4.95, 3.9, 2.85, 1.8, 0.85]
+    rows = [10.1, 7.5, 6.45, 5.4, 4.35, 3.3, 2.35]
     heights = [0.68, 0.55, 0.68, 0.55, 0.68, 0.55, 0.55]
     for x, texts in (left, pretraining), (right, tuning):
         for y, height, text in zip(rows, heights, texts):
@@ -117,18 +117,40 @@ def pipeline():
             box(axes, x, y, 3.1, height, text, kind)
         for i in range(1, len(rows) - 1):
             arrow(axes, (x, rows[i] - heights[i] / 2), (x, rows[i + 1] + heights[i + 1] / 2))
-    box(axes, middle, 7.65, 2.6, 0.5, "train_tokenizer.py", "script")
-    box(axes, middle, 6.85, 2.6, 0.5, "data/tokenizer.model", "file")
-    arrow(axes, (middle, 7.4), (middle, 7.1))
+    box(axes, middle, 9.15, 2.6, 0.5, "train_tokenizer.py", "script")
+    box(axes, middle, 8.35, 2.6, 0.5, "data/tokenizer.model", "file")
+    arrow(axes, (middle, 8.9), (middle, 8.6))
     for x, side in (left, -1), (right, 1):
         edge, beside = middle + side * 1.3, x - side * 0.25
-        arrow(axes, (x, 8.26), (x, 7.65), (edge, 7.65))
-        arrow(axes, (x, 7.65), (x, 6.275))
-        arrow(axes, (edge, 6.85), (beside, 6.85), (beside, 6.275))
-    arrow(axes, (left + 1.55, 2.85), (middle, 2.85), (middle, 3.9), (right - 1.55, 3.9))
+        arrow(axes, (x, 9.76), (x, 9.15), (edge, 9.15))
+        arrow(axes, (x, 9.15), (x, 7.775))
+        arrow(axes, (edge, 8.35), (beside, 8.35), (beside, 7.775))
+    arrow(axes, (left + 1.55, 4.35), (middle, 4.35), (middle, 5.4), (right - 1.55, 5.4))
+    preferences(axes, right + 1.55, 4.35)
     others = "from any best.pt:  extras.exams   extras.report   extras.export"
-    write(axes, middle, 0.25, others, ha="center", size=11)
+    write(axes, 0.25, 0.45, others, size=11)
     return figure
+
+
+def preferences(axes, x, y):
+    """What may follow: from pairs of answers, and from the best.pt at (x, y), to out/dpo."""
+    row = 1.35
+    parts = [
+        (1.0, 1.5, "pairs of answers"),
+        (2.75, 1.5, "prepare_sft.py"),
+        (4.35, 1.1, "data/dpo/"),
+        (5.9, 1.2, "dpo.py")]
+    end = None
+    for at, width, text in parts:
+        kind = "script" if ".py" in text else "file"
+        box(axes, at, row, width, 0.55, text, kind)
+        if end:
+            arrow(axes, (end, row), (at - width / 2, row))
+        end = at + width / 2
+    beside = x + 0.13
+    arrow(axes, (x, y), (beside, y), (beside, row), (end, row))
+    box(axes, 5.9, 0.45, 1.7, 0.55, "out/dpo/  best.pt", "file")
+    arrow(axes, (5.9, row - 0.275), (5.9, 0.725))
 
 
 def network():

@@ -1,6 +1,6 @@
 """One page to keep and to show of a run: report.md beside the checkpoint.
 
-    python -m extras.report     of out/pretrain and out/sft, or the one that is there
+    python -m extras.report     of out/pretrain, out/sft and out/dpo, or those that are there
 
 It only collects: the data are in meta.json, the losses in log.csv and best.pt, the speed in
 run.json. A score stands in the first paragraph of the page that the evaluation wrote beside the
@@ -21,7 +21,8 @@ from model import generate
 
 pretrain_dir       = "out/pretrain"  # out_dir of pretrain.py; left out if it is empty or not there
 sft_dir            = "out/sft"       # out_dir of sft.py; the same
-out                = ""              # the page; empty: report.md in sft_dir, else in pretrain_dir
+dpo_dir            = "out/dpo"       # out_dir of dpo.py; the same
+out                = ""              # the page; empty: report.md in the last of these folders
 max_new_tokens     = 120             # of a sample at most; its prompts are those of the training
 temperature        = 0.7             # of the samples; 0: always the most likely token
 top_p              = 0.9             # draw from the fewest tokens that reach this probability
@@ -32,7 +33,7 @@ dtype              = "auto"          # auto (bfloat16 if fast) | bfloat16 | floa
 config.override(globals())
 
 TITLE = "# Report card"
-COLUMNS = {"pretrain": ("documents", "tokens", "bytes"), "sft": ("examples", "tokens", "targets")}
+PREPARED = {"pretrain": "prepare_pretrain.py", "sft": "prepare_sft.py", "dpo": "prepare_sft.py"}
 
 
 def cell(value):
@@ -51,8 +52,11 @@ def figures(folder, saved, n_params):
     log = checkpoints.read_log(f"{folder}/log.csv")
     sessions = checkpoints.read_run(f"{folder}/run.json")
     shape = ", ".join(f"{name} {value}" for name, value in saved["shape"].items())
-    best = (f"step {saved['step']:,}: {saved['val_loss']:.4f} nats per token, "
-            f"{saved['val_bpb']:.4f} bits per byte of the validation split")
+    quality = "{val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte of the validation split"
+    if saved["stage"] == "dpo":
+        quality = ("{val_loss:.4f} nats per held-out pair, {val_margin:.4f} between the rewards of "
+                   "its answers; the chosen one is likelier in {val_preferred:.1%}")
+    best = f"step {saved['step']:,}: {quality.format(**saved)}"
     rows = [("parameters", n_params), ("shape", shape), ("tokenizer", saved["tokenizer"]),
             ("best.pt", best)]
     if log:
@@ -75,9 +79,10 @@ def figures(folder, saved, n_params):
 
 def data(saved, tok):
     """Lines: a row for each split and each corpus of meta.json; or why it is no longer there."""
-    path, columns = f"{saved['constants']['data_dir']}/meta.json", COLUMNS[saved["stage"]]
+    path, made_by = f"{saved['constants']['data_dir']}/meta.json", PREPARED[saved["stage"]]
+    columns = checkpoints.COUNTS[made_by]
     try:
-        meta = checkpoints.read_meta(path, tok, f"prepare_{saved['stage']}.py")
+        meta = checkpoints.read_meta(path, tok, made_by)
     except SystemExit as sentence:
         return [f"The data are not known any more: {sentence}."]
     rows = []
@@ -121,11 +126,11 @@ def evaluations(folder, link):
 
 
 def main():
-    folders = [folder for folder in (pretrain_dir, sft_dir)
-               if folder and os.path.exists(f"{folder}/best.pt")]
+    named = pretrain_dir, sft_dir, dpo_dir
+    folders = [folder for folder in named if folder and os.path.exists(f"{folder}/best.pt")]
     if not folders:
-        raise SystemExit(f"no best.pt in {pretrain_dir or '-'} or {sft_dir or '-'}: train first, "
-                         "or name the folders with --pretrain_dir= and --sft_dir=")
+        raise SystemExit(f"no best.pt in {', '.join(filter(None, named)) or 'no folder'}: train "
+                         "first, or name the folders with --pretrain_dir=, --sft_dir=, --dpo_dir=")
     config.check_range(1, max_new_tokens=max_new_tokens)
     config.check_drawing(temperature, top_p, repetition_penalty)
     page = out or f"{folders[-1]}/report.md"
@@ -137,13 +142,16 @@ def main():
     scores, lines = [], []
     for folder in folders:
         model, tok, saved = runtime.load_model(f"{folder}/best.pt", "", device, dtype)
-        if not {"val_bpb", "constants"} <= saved.keys():
-            raise SystemExit(f"{folder}/best.pt: no run of pretrain.py or sft.py wrote it, there "
-                             "is nothing to report")
-        heading, what = {"pretrain": ("Pretraining", "text"), "sft": ("Fine-tuning", "answers")}[
-            saved["stage"]]
+        heading, figure, score = {
+            "pretrain": ("Pretraining", "val_bpb", "**{:.4f} bits per byte** of validation text"),
+            "sft": ("Fine-tuning", "val_bpb", "**{:.4f} bits per byte** of validation answers"),
+            "dpo": ("Preferences", "val_accuracy", "moved towards the better answer in **{:.1%}** "
+                    "of held-out pairs")}[saved["stage"]]
+        if not {figure, "constants"} <= saved.keys():
+            raise SystemExit(f"{folder}/best.pt: no run of pretrain.py, sft.py or dpo.py wrote it, "
+                             "there is nothing to report")
         scores.append(f"{folder}: {model.n_params() / 1e6:.1f} M parameters, "
-                      f"**{saved['val_bpb']:.4f} bits per byte** of validation {what}")
+                      + score.format(saved[figure]))
         scores += evaluations(folder, link)
         lines += ["", f"## {heading}", *figures(folder, saved, model.n_params())]
         if os.path.exists(f"{folder}/curve.png"):

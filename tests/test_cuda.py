@@ -117,13 +117,15 @@ def test_compiled_generation_is_that_without(capfd):
     assert "skipping cudagraphs" not in capfd.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_two_cards_have_the_losses_of_one(tok, pretrain_dir, tmp_path):
+@pytest.mark.parametrize("processes, how", [(2, []), (0, ["--shard=full", "--offload"])], ids=["two", "offload"])
+def test_two_cards_and_one_that_offloads_have_the_losses_of_one(tok, pretrain_dir, tmp_path, processes, how):
+    if torch.cuda.device_count() < processes:
+        pytest.skip("one CUDA device")
     settings = [f"--tokenizer={tok.name}", f"--data_dir={pretrain_dir}", "--dim=64", "--n_layers=2", "--n_heads=2",
                 "--max_seq_len=64", "--batch_tokens=512", "--max_steps=6", "--sample_prompts="]
     losses = []
-    for processes, name in ((0, "one"), (2, "two")):
-        done = conftest.run("pretrain.py", tmp_path, *settings, f"--out_dir={name}", torchrun=processes, timeout=400)
+    for n, name, options in ((0, "one", []), (processes, "other", how)):
+        done = conftest.run("pretrain.py", tmp_path, *settings, *options, f"--out_dir={name}", torchrun=n, timeout=400)
         assert done.rc == 0, done.err[-2000:]
         with open(tmp_path / name / "log.csv", encoding="utf-8") as f:
             losses.append([float(row["loss"]) for row in csv.DictReader(f)])

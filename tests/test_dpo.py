@@ -12,6 +12,7 @@ import checkpoints
 import dpo
 import runtime
 import sft
+from extras import report
 from model import Model, ModelConfig
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
@@ -164,6 +165,20 @@ def test_training_prefers_the_chosen_answers(train):
     assert float(rows[-1]["val_accuracy"]) > 0.5 and float(rows[-1]["val_margin"]) > 0
 
 
+def test_the_report_has_a_section_with_the_figures_of_the_best_step(train, tmp_path):
+    rows = [row for row in train("out") if row["val_loss"]]
+    with constants(report, pretrain_dir="", sft_dir="", dpo_dir=str(tmp_path / "out"), device="cpu",
+                   dtype="float32", max_new_tokens=3):
+        report.main()
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    page = (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert f"better answer in **{float(best['val_accuracy']):.1%}** of held-out pairs" in page
+    assert (f"step {best['step']}: {float(best['val_loss']):.4f} nats per held-out pair, "
+            f"{float(best['val_margin']):.4f} between") in page
+    assert f"likelier in {float(best['val_preferred']):.1%}" in page
+    assert "## Preferences" in page and "\n    python dpo.py " in page
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_run_in_two_parts_is_the_run_in_one(train, tmp_path, lora_rank):
     with pytest.MonkeyPatch.context() as patch:      # the schedule is that of the whole run
@@ -176,7 +191,10 @@ def test_a_run_in_two_parts_is_the_run_in_one(train, tmp_path, lora_rank):
 
 def test_what_is_no_pair_is_refused(settings, tok, sft_dir, pairs, tmp_path):
     with constants(dpo, **{**settings, "data_dir": str(sft_dir), "out_dir": str(tmp_path / "o")}):
-        assert "holds no pairs" in refused(dpo.main)
+        sentence = refused(dpo.main)
+        assert "holds no pairs" in sentence and "prepare_sft.py --data_dir=data/dpo " in sentence
+    with constants(dpo, **{**settings, "data_dir": "away", "out_dir": str(tmp_path / "o")}):
+        assert "not there; run python prepare_sft.py --data_dir=away " in refused(dpo.main)
     with constants(dpo, **{**settings, "max_seq_len": 12, "out_dir": str(tmp_path / "o")}):
         assert "--max_seq_len=12" in refused(dpo.main)
     with constants(sft, **{name: settings[name] for name in ("checkpoint", "tokenizer", "device")},

@@ -834,7 +834,7 @@ def test_a_folder_given_to_a_stage_is_answered_with_the_command_that_imports_it(
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
+def test_the_whole_way_from_a_folder_to_an_answer_and_back(tmp_path, monkeypatch):
     save_model(tmp_path / "qwen", "Qwen2", eos_token_id=320)
     byte_level(tmp_path / "qwen")
     lines = [json.dumps({"messages": dialogue(random.Random(i), 1)}) for i in range(40)]
@@ -851,6 +851,20 @@ def test_the_whole_way_from_a_folder_to_an_answer(tmp_path):
     done = run("sample.py", tmp_path, "--checkpoint=out/sft/best.pt", "--prompt=你好",
                "--max_new_tokens=5", "--device=cpu")
     assert done.rc == 0 and "tokens/s" in done.err, done.err
+    monkeypatch.chdir(tmp_path)                          # the checkpoint names the folder from here
+    monkeypatch.setattr(export, "checkpoint", "out/sft/best.pt")
+    monkeypatch.setattr(export, "out", "back")
+    export.main()
+    trained, base = (checkpoints.load(f"{name}/best.pt") for name in ("out/sft", "base"))
+    assert not torch.equal(trained["model"]["head.weight"], base["model"]["head.weight"])
+    ours = Model.from_state(trained["shape"], trained["model"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("back", dtype=torch.float32)
+    asked = [{"role": "user", "content": "你好"}]
+    ids = transformers.AutoTokenizer.from_pretrained("back").apply_chat_template(
+        asked, add_generation_prompt=True, return_dict=False)
+    assert ids == tokenizer.load("qwen").prompt(asked)
+    x = torch.tensor([ids])
+    torch.testing.assert_close(ours(x), theirs(x).logits, rtol=1e-4, atol=1e-5)
 
 
 def answer(checkpoint, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import checkpoints
 import lora
 import sft
 from model import Model, ModelConfig
+from optim import make_optimizers
 
 SHAPE = dict(vocab_size=300, dim=32, n_layers=2, n_heads=2, max_seq_len=48)
 
@@ -129,8 +130,10 @@ def test_fine_tuning_with_lora_resumes_exactly_and_ends_in_an_ordinary_checkpoin
 
 def test_the_estimate_of_memory_counts_gradients_and_moments_of_the_updates_only():
     model = network(dim=256)
+    make_optimizers(model, 1e-3, 0, 0.1)
     whole = model.bytes_to_train(1, 8, torch.float32)
     lora.add(model, rank=2, alpha=4, seed=1)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    make_optimizers(model, 1e-3, 0, 0.1)                         # as sft.py with LoRA
     saved = 12 * (model.n_params() - n_trained)                  # two moments and a gradient each
     assert whole - model.bytes_to_train(1, 8, torch.float32) == pytest.approx(saved, rel=0.3)

@@ -1,10 +1,11 @@
-"""--shard and --recompute: the same losses and checkpoints as without, also across processes."""
+"""--shard, --offload, --recompute: the same losses and checkpoints as without, across processes."""
 import random
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp as fsdp
 from conftest import run, write_pairs
 from test_dpo import pair
 from test_training import constants, save_model
@@ -16,6 +17,7 @@ import runtime
 import sft
 import sharding
 from model import Model, ModelConfig
+from optim import make_optimizers
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=96)
 is_new = pytest.mark.skipif(torch.__version__ < sharding.OLDEST, reason="needs a newer PyTorch")
@@ -81,18 +83,36 @@ def test_an_older_pytorch_is_refused_with_its_version(monkeypatch):
     monkeypatch.setattr(sharding, "OLDEST", "99")
     two = runtime.Process(0, 0, 2, torch.device("cpu"))
     with pytest.raises(SystemExit, match="needs PyTorch 99"):
-        runtime.check_sharding("full", "off", "float32", 4, two)
+        runtime.check_sharding("full", False, "off", "float32", 4, two)
 
 
 @is_new
 @pytest.mark.parametrize("stage, shard, more", [
     (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)),
     (pretrain, "optimizer", dict(muon_lr=0.0)), (pretrain, "full", dict(dtype="bfloat16")),
-    (sft, "full", dict(lora_rank=3)), (dpo, "optimizer", {})],
-    ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo"])
+    (sft, "full", dict(lora_rank=3)), (dpo, "optimizer", dict(offload=True))],
+    ids=["pretrain", "optimizer, AdamW", "bfloat16", "LoRA", "dpo, offload"])
 def test_processes_that_share_a_model_learn_what_one_process_learns(train, stage, shard, more):
-    one, two = train(stage, "one", **more), train(stage, "two", 2, shard=shard, **more)
+    alone = {name: value for name, value in more.items() if name != "offload"}
+    one, two = train(stage, "one", **alone), train(stage, "two", 2, shard=shard, **more)
     same(one, two, 2e-2 if "dtype" in more else 1e-3)
+
+
+@is_new
+@pytest.mark.parametrize("stage, shard, more", [
+    (pretrain, "full", dict(n_kv_heads=1, tie_embeddings=False)),
+    (dpo, "optimizer", dict(lora_rank=3))], ids=["pretrain", "LoRA"])
+def test_one_process_offloads_and_resumes_with_and_without(train, monkeypatch, stage, shard, more):
+    policies, fully_shard = [], fsdp.fully_shard
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **how: policies.append(
+        how["offload_policy"]) or fully_shard(module, **how))
+    whole, offload = train(stage, "whole", **more), dict(shard=shard, offload=True)
+    assert not policies
+    train(stage, "there", max_steps=3, **offload, **more)
+    same(whole, train(stage, "there", resume=True, **more))
+    train(stage, "back", max_steps=3, **more)
+    same(whole, train(stage, "back", resume=True, **offload, **more))
+    assert len(policies) == 2 * 3 and all(isinstance(p, fsdp.CPUOffloadPolicy) for p in policies)
 
 
 @is_new
@@ -111,9 +131,32 @@ def test_the_estimate_of_memory_divides_what_is_shared(tok):
     kept = model.bytes_to_train(1, 8, torch.float32)
     model.keeps_weights = False
     full = model.bytes_to_train(1, 8, torch.float32)
-    assert alone - kept == 16 * weights * 3 / 4 - 4 * weights    # all are gathered in the passes
+    # Muon, for the matrices of the blocks, has one moment for AdamW's two
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    held = 16 * weights - 4 * matrices
     blocks = sum(p.numel() for p in model.blocks.parameters())
+    gradients = (4 + 4) * blocks * 2 / 8                         # of two blocks, also as sent
+    assert alone - kept == held * 3 / 4 - 4 * weights - gradients      # all weights are gathered
     assert kept - full == 4 * blocks * 6 / 8                               # or those of two blocks
+    assert model.bytes_to_train(1, 8, torch.float32, shares=1) == alone
+    model.offloads = True
+    assert full - model.bytes_to_train(1, 8, torch.float32) == model.bytes_kept() == held / 4
+    make_optimizers(model, 1e-3, 0, 0.1)
+    assert model.bytes_kept() == 16 * weights / 4
+
+
+def test_the_memory_of_other_numbers_of_processes_is_announced(tok):
+    model, told = Model(ModelConfig(tok.vocab_size, 512, 8, 4)), (1, 8, torch.float32)
+    assert "processes" not in runtime.memory_as_text(model, *told)
+    model.shares, model.keeps_weights = 2, False
+    gib = [f"{model.bytes_to_train(*told, n) / 2**30:.1f}" for n in (1, 2, 8)]
+    assert len(set(gib)) == 3
+    assert f"({', '.join(gib)} GiB with 1, 2, 8" in runtime.memory_as_text(model, *told)
+    model.offloads = True
+    gib = [f"{model.bytes_kept(n) / 2**30:.1f}" for n in (1, 2, 8)]
+    sentence = runtime.memory_as_text(model, *told)
+    assert f"{gib[1]} GiB in the host's memory" in sentence
+    assert f"moments ({', '.join(gib)} GiB with" in sentence
 
 
 def test_validation_keeps_nothing_for_a_backward_pass(tok):
@@ -148,8 +191,17 @@ def test_recomputing_changes_no_number_and_keeps_less(tok):
 @pytest.mark.parametrize("shard, n, batch, more, says", [
     ("some", 2, 4, {}, "choose optimizer or full"), ("full", 1, 4, {}, "torchrun"),
     ("full", 2, 3, {}, "2 processes cannot share a batch of 3"),
-    ("full", 2, 4, dict(compile="on"), "--compile=on"), ("full", 2, 4, dict(dtype="float16"), "float16")])
+    ("full", 2, 4, dict(compile="on"), "--compile=on"),
+    ("full", 2, 4, dict(dtype="float16"), "float16")])
 def test_what_cannot_be_sharded_is_refused(shard, n, batch, more, says):
     process = runtime.Process(0, 0, n, torch.device("cpu"))
     with pytest.raises(SystemExit, match=says):
-        runtime.check_sharding(shard, **{"compile": "auto", "dtype": "float32", **more}, batch=batch, process=process)
+        usual = dict(offload=False, compile="auto", dtype="float32")
+        runtime.check_sharding(shard, **{**usual, **more}, batch=batch, process=process)
+
+
+def test_what_cannot_be_offloaded_is_refused():
+    alone, mac = (runtime.Process(0, 0, 1, torch.device(name)) for name in ("cpu", "mps"))
+    for shard, process, says in ("", alone, "--shard=full"), ("full", mac, "MPS"):
+        with pytest.raises(SystemExit, match=f"^--offload.*{says}"):
+            runtime.check_sharding(shard, True, "off", "float32", 4, process)
