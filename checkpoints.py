@@ -251,10 +251,17 @@ def load_for(path, tok):
 def load_with_tokenizer(path, tokenizer=""):
     """The checkpoint of load() and its tokenizer: at `tokenizer`, or where the checkpoint says.
 
-    SystemExit if it is not the one that the model was trained with.
+    SystemExit if there is none, or not the one that the model was trained with.
     """
     saved = load(path)
-    tok = load_tokenizer(tokenizer or saved["tokenizer"])
+    name = tokenizer or saved["tokenizer"]
+    try:
+        tok = load_tokenizer(name)
+    except SystemExit as stopped:
+        if tokenizer:
+            raise
+        raise SystemExit(f"{path} was trained with the tokenizer {name!r}, which cannot be read "
+                         f"({stopped}); --tokenizer= names another place") from None
     if tok.sha256 != saved["tokenizer_sha256"]:
         raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is "
                          f"not {tok.name}")

@@ -67,7 +67,11 @@ def override(namespace, argv=None, outlives_reader=False):
             following = argv[i + 1:i + 2] or [default]
             raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
         try:
+            text.encode("utf-8")
             value = parse(text if equals else "true", type(default))
+        except UnicodeEncodeError:            # other bytes of the command line are surrogates
+            raise SystemExit(f"{script}: --{name}={text} is not in UTF-8; rename the file, or name "
+                             "the folder that holds it") from None
         except ValueError:
             raise SystemExit(f"{script}: --{name}={text} is not of type {type(default).__name__} "
                              f"(the default is {default!r})") from None
@@ -75,6 +79,8 @@ def override(namespace, argv=None, outlives_reader=False):
             raise SystemExit(f"{script}: --{name}={text} must not be negative")
         if type(default) is int and value >= 1 << 63:
             raise SystemExit(f"{script}: --{name}={text} must be below 2^63")
+        if type(default) is float and value > 1e12:           # products have to fit into float32
+            raise SystemExit(f"{script}: --{name}={text} must be at most 1e12")
         namespace[name] = value
     return {name: namespace[name] for name in source}
 
@@ -258,7 +264,9 @@ def whole_file(path, mode="w"):
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     aside = f"{path}.tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if "b" in mode else {
+        "encoding": "utf-8", "errors": "backslashreplace",    # names of files can be in no encoding
+        "newline": "\n"}
     try:
         with disk_space(path), open(aside, mode, **text) as f:
             yield f

@@ -39,6 +39,8 @@ import prepare_pretrain                                                         
 import prepare_sft                                                                           # noqa: E402
 import readers                                                                               # noqa: E402
 import tokenizer                                                                             # noqa: E402
+from damage import SIGNS, STRANGE, mutate # noqa
+from fuzz_state import command_line, state_file # noqa
 from conftest import story, train_tokenizer, write_meta                                      # noqa: E402
 from corpora import CHAT, PREFERENCE, TEXT, Bad                                                          # noqa: E402
 from model import Model, ModelConfig                                                         # noqa: E402
@@ -57,13 +59,6 @@ HOSTILE = [*tokenizer.CONTROLS, "<s>", "</s>", "<pad>", "<unk>", "<0x0A>", "<|en
            "\t ", '"', "'", "\\", "{", "}", "[", "]", ",", ":", "\\u0000", "<b>", "</p>", "<a href='x'>", "<!--", "-->", "<script>",
            "&amp;lt;", "&#0;", "&nbsp;", "&#xD800;", "！！！！！", "………", "......", "电话：010-62345678", "QQ：12345", "a@b.cn",
            "http://a.cn/b", "（", "）", "\u0301", "\u0387" * 9, "\nHuman: ", "\nAssistant：", "Human:", "😀", "e\u0323\u0301"]
-STRANGE = [None, 0, -1.5, True, float("inf"), "", " ", "字", [], ["字", ["字"]], [[]], {}, {"text": {"text": "字"}}, [None], [{}],
-           {"role": "user"}, 10 ** 30]
-SIGNS = [b"\x00", b"\n", b"\r\n", b"\r", b'"', b"'", b"{", b"}", b"[", b"]", b"\\", b",", b":", b"\xef\xbb\xbf", b"\xff\xfe", b"\x81",
-         b"\xfe", b"\xe4\xb8", b"\xed\xa0\x80", b"\xc0\x80", b"\x81\x30", b"\\ud800", b"\\u12", b"\x1f\x8b", b"null", b"NaN",
-         b"1" * 5000, b"[" * 3000, b'{"a":' * 900, b"<|end|>"]
-
-
 def text(rng, spoilt=0.3):
     """Chinese sentences, among them what somebody might write to do harm."""
     parts = [story(rng, rng.randrange(1, 5)) for _ in range(rng.randrange(1, 4))]
@@ -160,28 +155,6 @@ def as_bytes(form, records):
     encoding = form.split()[-1] if form.endswith(("gbk", "gb18030", "utf-16")) else "utf-8"
     handler = "surrogatepass" if encoding == "utf-8" else "replace"
     return content if isinstance(content, bytes) else content.encode(encoding, handler)
-
-
-def mutate(rng, data, signs=SIGNS):
-    """The bytes, damaged in one place as disks, downloads, editors and people damage files."""
-    data, at, n = bytearray(data), rng.randrange(len(data) + 1), int(2 ** rng.uniform(0, 8))
-    other = rng.randrange(len(data) + 1)
-    kind = rng.randrange(7)
-    if kind == 0:
-        del data[at:]
-    elif kind == 1:
-        for _ in range(rng.randrange(1, 9)):
-            if data:
-                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        del data[at:at + n]
-    elif kind == 3:
-        data[other:other] = data[at:at + n]
-    elif kind == 4:
-        data[at:at + n], data[other:other + n] = data[other:other + n], data[at:at + n]
-    else:
-        data[at:at + (n if kind == 5 else 0)] = rng.choice([*signs, rng.randbytes(n)])
-    return bytes(data)
 
 
 def compress(rng, data):
@@ -451,65 +424,8 @@ def prepared_to_fine_tune(rng, folder, toks):
     return counted(meta, (n, n, 12))
 
 
-def change_inside(rng, value):
-    """Something else in one place of nested dicts and lists; a tensor is a place."""
-    inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    if not inside or rng.random() < 0.1:
-        return rng.choice([*STRANGE, torch.ones(3), torch.ones(3, dtype=torch.int8), torch.tensor(float("nan"))])
-    key = rng.choice(inside)
-    if rng.random() < 0.2:
-        del value[key]
-    else:
-        value[key] = change_inside(rng, value[key])
-    return value
-
-
-def state_of(folder, tok):
-    """{file: the function that reads it} of a tiny run, undamaged files."""
-    model = Model(ModelConfig(tok.vocab_size, dim=8, n_layers=1, n_heads=2, hidden_dim=8, max_seq_len=16))
-    identity = {**vars(model.config), "seed": 1}
-    checkpoints.save(f"{folder}/last.pt", {
-        "stage": "pretrain", "model": model.state_dict(), "shape": vars(model.config), "tokenizer": tok.name,
-        "tokenizer_sha256": tok.sha256, "step": 3, "best": 2.5, "skipped": 0, "identity": identity, "constants": {"lr": 0.1},
-        "scaler": {}, "optimizers": [o.state_dict() for o in make_optimizers(model, 0.1, 0.1, 0.1, "float32")]})
-    write_meta(folder, tok, **dict.fromkeys(("train", "val"), {"documents": 1, "tokens": 9, "bytes": 9}),
-               corpora={"a": {"documents": 1, "tokens": 9, "bytes": 9, "dropped": {}}})
-    (folder / "log.csv").write_text(",".join(checkpoints.LOG) + "\n1,64,0.1,2.5,1.0,,\n2,128,0.1,2.4,1.0,2.0,1.0\n")
-    session = {name: kind() for name, kind in checkpoints.SESSION.items()}
-    (folder / "run.json").write_text(json.dumps([session, {**session, "to_step": 9}]))
-
-    def resumed(path):
-        found = checkpoints.open_run(str(folder), True, False, "pretrain", identity)
-        network = Model.from_state(found["shape"], found["model"])
-        checkpoints.restore(found, network, make_optimizers(network, 0.1, 0.1, 0.1, "float32"), torch.amp.GradScaler("cpu"))
-    return {"last.pt": resumed, "log.csv": checkpoints.read_log, "run.json": checkpoints.read_run,
-            "meta.json": lambda path: checkpoints.read_meta(path, tok, "prepare_pretrain.py")}
-
-
-def state_file(rng, folder, toks):
-    """A damaged file of a run's state is read or refused in one sentence."""
-    folder = folder / "state"
-    folder.mkdir(exist_ok=True)
-    readers = state_of(folder, toks[0])
-    name = rng.choice(list(readers))
-    path = folder / name
-    if name == "last.pt" and rng.random() < 0.8:
-        torch.save(change_inside(rng, torch.load(path, weights_only=True)), path)
-    elif name.endswith("json") and rng.random() < 0.8:
-        path.write_text(json.dumps(change_inside(rng, json.loads(path.read_text("utf-8"))), default=str))
-    else:
-        path.write_bytes(mutate(rng, path.read_bytes()))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            readers[name](str(path))
-    except SystemExit as stopped:
-        assert isinstance(stopped.code, str) and name in stopped.code and "\n" not in stopped.code, stopped.code
-        return Counter({f"{name} refused": 1})
-    return Counter(used=1)
-
-
 KINDS = [any_file] * 5 + [one_bad_record] * 4 + [any_text] * 4 + [whole_file] * 2 + [any_dialogue] * 3 + [
-    prepared_to_pretrain, prepared_to_fine_tune] + [state_file] * 3
+    prepared_to_pretrain, prepared_to_fine_tune] + [state_file] * 8 + [command_line]
 
 
 def own_tokenizers(folder):
