@@ -260,7 +260,7 @@ COMMANDS = {                                    # these work, before more consta
     "eval_bleu.py": "--checkpoint=in/start.pt --questions=in/test.jsonl --device=cpu",
     "extras/export.py": "--checkpoint=in/start.pt",
     "extras/import_weights.py": "--source=in/exported"}
-STRINGS = ["", " ", "x", "字/二", "\0", "\udcff", "a_folder", "a_file", "a_file/below", "x" * 300,
+STRINGS = ["", " ", "x", "字/二", "\udcff", "a_folder", "a_file", "a_file/below", "x" * 300,
            "x,y", "text:a_file", "text:a_folder", "messages:x", "%s", "{0}", "~", "-", "..",
            "float16", "a_file|a_folder", "0", "\u2028"]
 NUMBERS = ["0", "1", "2", "3", "5", "8", "0.0", "1e-300", "1e-38", "0.5", "0.999999", "1e300",

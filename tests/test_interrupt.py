@@ -225,6 +225,18 @@ def test_a_second_ctrl_c_quits_in_the_middle_of_the_step(prepared, tmp_path, who
     assert final_state(tmp_path / "out") == whole
 
 
+def test_a_process_that_outlives_torchrun_from_its_start_ends_in_one_sentence(prepared, tmp_path):
+    """torchrun died while its process loaded PyTorch, so that nobody listens at its address."""
+    orphan = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="9",
+                  TORCHELASTIC_USE_AGENT_STORE="True")
+    code = (f"import os; os.environ.update({orphan}); import runtime; "
+            "runtime.TORCHRUN_ANSWERS = runtime.timedelta(seconds=1)")
+    done = conftest.run("pretrain.py", prepared, *ALONE[2:], f"--out_dir={tmp_path}", code=code,
+                        timeout=60)
+    assert done.rc == 1 and "Traceback" not in done.err
+    assert "the others did not come" in done.err.splitlines()[-1]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB."""
