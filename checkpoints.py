@@ -205,7 +205,7 @@ def check(state):
     if unknown := shape.keys() - SHAPE:
         raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
     scaling = shape["rope_scaling"]
-    if wrong := has({**shape, "rope_scaling": scaling or {}}, SHAPE):
+    if wrong := has({**shape, "rope_scaling": {} if scaling is None else scaling}, SHAPE):
         raise ValueError(f"the {wrong} of its network is {shape.get(wrong, 'missing')!r}")
     if scaling and has(scaling, dict.fromkeys(scaling, float)):
         raise ValueError(f"the rope_scaling of its network is {scaling}")
@@ -216,11 +216,13 @@ def check(state):
         network = Model(ModelConfig(**shape))
     try:
         network.load_state_dict(dict(weights), assign=True)   # dict: it would mark the original
-        wrong = [name for name, weight in weights.items() if not is_finite(weight)]
+        for name, weight in weights.items():
+            if weight.dtype != torch.float32:
+                raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
+            if not is_finite(weight):
+                raise ValueError(f"the weight {name} is not finite")
     except Exception as error:                                # PyTorch says what does not fit
         raise ValueError(" ".join(str(error).split())[:300]) from None
-    if wrong:
-        raise ValueError(f"the weight {wrong[0]} is not finite")
     state["shape"] = vars(network.config)
     return weights
 

@@ -433,7 +433,8 @@ def added_tokens(folder, spec):
     """{text: entry} of the added tokens of a tokenizer.json; SystemExit if they are none."""
     entries = spec.get("added_tokens", [])
     try:
-        return {token["content"] + "": token for token in entries if token["id"] >= 0}
+        return {token["content"] + "": token for token in entries
+                if token["content"] and token["id"] >= 0}
     except (TypeError, KeyError):
         raise SystemExit(f"{folder}/tokenizer.json: its added_tokens are damaged; download it "
                          "again") from None

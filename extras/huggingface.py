@@ -137,13 +137,14 @@ def read_rope(path, config):
         raise SystemExit(f"{path}: rotary positions {rope}, which are not computed here; only "
                          "default and llama3 are")
     check_types(path, rope, ROPE)
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    thetas = rope.get("rope_theta"), config.get("rope_theta"), 10_000.0
+    theta = next(theta for theta in thetas if theta is not None)
     if kind == "default":
         return theta, None
     name = "original_max_position_embeddings"
     original = config.get(name, rope.get(name)) or config["max_position_embeddings"]
     factors = "factor", "low_freq_factor", "high_freq_factor"
-    return theta, {**{factor: rope.get(factor, 0) for factor in factors}, name: original}
+    return theta, {**{factor: rope.get(factor) or 0 for factor in factors}, name: original}
 
 
 def read_weights(path, shape):

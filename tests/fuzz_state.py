@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import io
 import json
-import os
 import random
 import runpy
 import shutil

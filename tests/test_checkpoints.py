@@ -79,6 +79,7 @@ def each_weight(f):
     (change("model", norm__weight=torch.full((8,), float("nan"))), "norm.weight is not finite"),
     (change("model", norm__weight=torch.tensor([1.0] * 7 + [float("-inf")])), "not finite"),
     (change("model", norm__weight=torch.ones(8, dtype=torch.int8)), "norm.weight"),
+    (change("model", norm__weight=torch.ones(8, dtype=torch.float64)), "norm.weight is of torch.float64"),
     (change("model", norm__weight=[1.0] * 8), "norm.weight"),
     (change("model", norm__weight=torch.ones(8, dtype=torch.complex64)), "refused"),
     (each_weight(lambda w: w.long()), "floating point"),
@@ -107,6 +108,15 @@ def test_a_checkpoint_that_cannot_be_one_is_refused_at_the_door(state, tmp_path,
 def test_a_tokenizer_that_is_none_is_refused(state, tmp_path):
     checkpoints.save(str(tmp_path / "best.pt"), {**state, "tokenizer": None})
     assert "'tokenizer'" in refused(checkpoints.load_with_tokenizer, str(tmp_path / "best.pt"))
+
+
+@pytest.mark.parametrize("name", ["", "moved.model"])
+def test_a_checkpoint_whose_tokenizer_cannot_be_read_is_named_with_the_way_out(state, tmp_path, name):
+    path = str(tmp_path / "best.pt")
+    checkpoints.save(path, {**state, "tokenizer": name})
+    sentence = refused(checkpoints.load_with_tokenizer, path)
+    assert sentence.startswith(path) and repr(name) in sentence and "--tokenizer=" in sentence
+    assert checkpoints.load_with_tokenizer(path, state["tokenizer"])
 
 
 def test_a_constant_of_the_network_that_came_later_has_its_default(state, tmp_path):

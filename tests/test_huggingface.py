@@ -525,6 +525,8 @@ def test_ranks_under_the_name_of_a_sentencepiece_file_leave_tokenizer_json(tmp_p
      (lambda f: change(f / "tokenizer_config.json", eos_token=None, pad_token=None) or rename_token(
          f / "tokenizer.json", "<|endoftext|>", "<|ende|>"), "no eos token"),
      (lambda f: change(f / "tokenizer.json", added_tokens=[{"id": "1"}]), "added_tokens"),
+     (lambda f: rename_token(f / "tokenizer.json", "<|endoftext|>", "") or change(
+         f / "tokenizer_config.json", eos_token="", pad_token=None), "no eos token"),
      (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), "not a whole sentencepiece model")])
 def test_what_is_no_tokenizer_ends_in_one_sentence(tmp_path, spoil, said):
     byte_level(tmp_path)
