@@ -608,6 +608,8 @@ def fuzz(folder, cases, seed, first=0):
             wrong.append((number, kind.__name__, f"{type(error).__name__}: {error}"[:600]))
             print("case {}, {}: {}".format(*wrong[-1]), flush=True)
         slowest = max(slowest, time.monotonic() - start)
+        if (number + 1) % 5000 == 0:
+            print(f"up to case {number}: {len(wrong)} went wrong", flush=True)
     seconds = time.monotonic() - began
     print(f"seed {seed}, {cases} cases in {seconds:.0f} s, the slowest {slowest:.1f} s, "
           f"{len(wrong)} went wrong")
