@@ -270,15 +270,16 @@ def load_with_tokenizer(path, tokenizer=""):
     return saved, tok
 
 
-def read_constants(path, constants):
+def read_constants(path, constants, stage):
     """The constants that the run of a last.pt had, those of them that still are of the same type.
 
-    Where and how this process was started is no part of them. None are found in a damaged file,
-    which open_run() refuses.
+    Where and how this process was started is no part of them. There are none in a damaged file and
+    in one of another stage, which open_run() refuses.
     """
     try:
         # mapped: the weights are not read
-        earlier = torch.load(path, weights_only=True, mmap=True)["constants"]
+        saved = torch.load(path, weights_only=True, mmap=True)
+        earlier = saved["constants"] if saved["stage"] == stage else {}
         return {name: value for name, value in earlier.items()
                 if type(value) is type(constants.get(name))
                 and name not in ("out_dir", "resume", "overwrite")}

@@ -196,7 +196,8 @@ def override(namespace):
         if not constants["resume"]:
             return constants
         path = f"{constants['out_dir']}/last.pt"
-        earlier = checkpoints.read_constants(path, constants)
+        stage = os.path.basename(namespace["__file__"]).removesuffix(".py")
+        earlier = checkpoints.read_constants(path, constants, stage)
         namespace.update(earlier)
         constants = config.override(namespace, outlives_reader=True)     # the command line again
         changed = [f"{name} (then {value!r}, now {constants[name]!r})"

@@ -86,7 +86,7 @@ def a_run(folder, tok, rng):
     (folder / "run.json").write_text(json.dumps([session, {**session, "to_step": 9}]))
 
     def resume():
-        checkpoints.read_constants(f"{folder}/last.pt", {"lr": 0.2})
+        checkpoints.read_constants(f"{folder}/last.pt", {"lr": 0.2}, "pretrain")
         found = checkpoints.open_run(str(folder), True, False, "pretrain", identity)
         network = Model.from_state(found["shape"], found["model"])
         scaler = torch.amp.GradScaler("cpu")

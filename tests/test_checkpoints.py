@@ -90,6 +90,7 @@ def each_weight(f):
     (change("shape", n_heads=True), "n_heads"), (change("shape", n_heads=3), "n_heads"),
     (change("shape", dim=-8), "dim"), (change("shape", rope_theta=float("nan")), "rope_theta"),
     (change("shape", tie_embeddings="no"), "tie_embeddings"), (change("shape", rope_scaling={"factor": 2}), "rope_scal"),
+    (change("shape", rope_scaling=""), "rope_scaling"),
     (change("shape", rope_scaling="yarn"), "rope_scaling"), (change("shape", sliding_window=4), "sliding_window"),
     (change("shape", rope_scaling=dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor",
                                                  "original_max_position_embeddings"), "8")), "rope_scaling"),
@@ -135,6 +136,14 @@ def test_a_last_pt_that_lacks_a_part_is_refused(state, tmp_path, name, value):
     checkpoints.save(str(tmp_path / "last.pt"), state)
     sentence = refused(checkpoints.open_run, str(tmp_path), True, False, "pretrain", {"seed": 1})
     assert "last.pt" in sentence and (name == "all" or f"'{name}'" in sentence or name == "optimizers")
+
+
+def test_the_constants_of_another_stage_are_left_to_the_check_of_the_run(state, tmp_path):
+    path = str(tmp_path / "last.pt")
+    checkpoints.save(path, {**state, **RUN, "stage": "sft", "constants": {"max_seq_len": 0}})
+    assert checkpoints.read_constants(path, {"max_seq_len": 512}, "sft") == {"max_seq_len": 0}
+    assert checkpoints.read_constants(path, {"max_seq_len": 512}, "pretrain") == {}
+    assert "made by sft.py" in refused(checkpoints.open_run, str(tmp_path), True, False, "pretrain", {"seed": 1})
 
 
 def test_a_run_resumes_although_its_identity_lacks_what_came_later(state, tmp_path):

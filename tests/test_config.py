@@ -1,6 +1,7 @@
 """config.py: constants from the command line, and files that are whole or absent."""
 import ast
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -48,6 +49,18 @@ def refused(call, *argv):
         call(*argv)
     assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code    # one sentence, exit code 1
     return stopped.value.code
+
+
+@pytest.mark.parametrize("argument, said", [
+    ("--rate=1e300", "at most 1e12"), ("--name=\udcd6\udcd0.jsonl", "not in UTF-8")])
+def test_what_later_code_cannot_take_is_refused_at_once(override, argument, said):
+    assert said in refused(override, argument)
+
+
+def test_a_name_in_no_encoding_reaches_a_text_file_and_comes_back(tmp_path):
+    with config.whole_file(str(tmp_path / "meta.json")) as f:
+        json.dump({"第一": "\udcd6\udcd0.txt"}, f, ensure_ascii=False)
+    assert json.loads((tmp_path / "meta.json").read_text("utf-8")) == {"第一": "\udcd6\udcd0.txt"}
 
 
 def test_without_arguments_the_constants_are_those_of_the_file(override):

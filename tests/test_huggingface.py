@@ -695,6 +695,7 @@ def edit_weights(folder, change):
      (dict(max_position_embeddings=10**12), "max_position"), (dict(model_type=[]), "model_type"),
      (dict(hidden_size=32.0), "hidden_size is 32.0"), (dict(rope_scaling="x"), "rope_scaling is"),
      (dict(rope_scaling={**LLAMA3, "factor": "8"}), "factor is"),
+     (dict(rope_scaling={**LLAMA3, "factor": None}), "all above 0"),
      (dict(layer_types=[{}]), "layer_types has {}"), (dict(vocab_size=300), "embeds 300"),
      (dict(intermediate_size=64), "[48, 32] instead of [64, 32] and 3 more"),
      (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight not expected"),
@@ -705,6 +706,12 @@ def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options,
     change(tmp_path / "config.json", **options)
     sentence = refused(loaded, tmp_path)
     assert said in sentence and sentence.startswith(str(tmp_path))
+
+
+def test_null_is_the_usual_base_of_the_positions(tmp_path, tok):
+    save_model(tmp_path, "Llama", tok=tok)
+    change(tmp_path / "config.json", rope_parameters=None, rope_theta=None)
+    assert loaded(tmp_path)["shape"]["rope_theta"] == 10_000
 
 
 @pytest.mark.parametrize(
