@@ -1,14 +1,58 @@
 """Ways to damage bytes and values, for the files of test_fuzz.py and fuzz_state.py."""
+
 import torch
 
 STRANGE = [
-    None, 0, -1.5, True, float("inf"), "", " ", "字", [], ["字", ["字"]], [[]], {},
-    {"text": {"text": "字"}}, [None], [{}], {"role": "user"}, 10 ** 30]
+    None,
+    0,
+    -1.5,
+    True,
+    float("inf"),
+    "",
+    " ",
+    "字",
+    [],
+    ["字", ["字"]],
+    [[]],
+    {},
+    {"text": {"text": "字"}},
+    [None],
+    [{}],
+    {"role": "user"},
+    10**30,
+]
 SIGNS = [
-    b"\x00", b"\n", b"\r\n", b"\r", b'"', b"'", b"{", b"}", b"[", b"]", b"\\", b",", b":",
-    b"\xef\xbb\xbf", b"\xff\xfe", b"\x81", b"\xfe", b"\xe4\xb8", b"\xed\xa0\x80", b"\xc0\x80",
-    b"\x81\x30", b"\\ud800", b"\\u12", b"\x1f\x8b", b"null", b"NaN", b"1" * 5000, b"[" * 3000,
-    b'{"a":' * 900, b"<|end|>"]
+    b"\x00",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b'"',
+    b"'",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"\\",
+    b",",
+    b":",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\x81",
+    b"\xfe",
+    b"\xe4\xb8",
+    b"\xed\xa0\x80",
+    b"\xc0\x80",
+    b"\x81\x30",
+    b"\\ud800",
+    b"\\u12",
+    b"\x1f\x8b",
+    b"null",
+    b"NaN",
+    b"1" * 5000,
+    b"[" * 3000,
+    b'{"a":' * 900,
+    b"<|end|>",
+]
 
 
 def mutate(rng, data, signs=SIGNS):
@@ -23,13 +67,13 @@ def mutate(rng, data, signs=SIGNS):
         for _ in range(rng.randrange(1, 9) if data else 0):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif kind == 2:
-        del data[at:at + n]
+        del data[at : at + n]
     elif kind == 3:
-        data[other:other] = data[at:at + n]
+        data[other:other] = data[at : at + n]
     elif kind == 4:
-        data[at:at + n], data[other:other + n] = data[other:other + n], data[at:at + n]
+        data[at : at + n], data[other : other + n] = data[other : other + n], data[at : at + n]
     else:
-        data[at:at + (n if kind == 5 else 0)] = rng.choice([*signs, rng.randbytes(n)])
+        data[at : at + (n if kind == 5 else 0)] = rng.choice([*signs, rng.randbytes(n)])
     return bytes(data)
 
 
@@ -51,8 +95,14 @@ def change_inside(rng, value, strange=STRANGE):
 def numbers_like(value):
     """Other numbers in the place of a number, other tensors in the place of a tensor."""
     if isinstance(value, torch.Tensor):
-        return [torch.ones(3), torch.ones(3, dtype=torch.int8), torch.tensor(float("nan")),
-                value.double(), value.flatten()[:1], -value]
+        return [
+            torch.ones(3),
+            torch.ones(3, dtype=torch.int8),
+            torch.tensor(float("nan")),
+            value.double(),
+            value.flatten()[:1],
+            -value,
+        ]
     if isinstance(value, (int, float)):
-        return [value + 1, -value, value * 2, float(value), 10 ** 12, 1e300, 1e-300, 2 ** 63]
+        return [value + 1, -value, value * 2, float(value), 10**12, 1e300, 1e-300, 2**63]
     return []
