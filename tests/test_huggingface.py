@@ -1048,6 +1048,8 @@ def test_a_head_of_its_own_is_noticed(imported, tok, capsys):
 @pytest.mark.parametrize(
     "spoil, constants, said",
     [(lambda w: w, dict(n_heads=5), "--n_heads=5"),
+     (lambda w: w, dict(out="x" * 300), "cannot be written"),
+     (lambda w: w, dict(out=""), "--out=''"),
      (lambda w: w, dict(stage="chat"), "pretrain or sft"),
      (lambda w: {"model": w}, {}, "state_dict"), (lambda w: {}, {}, "missing"),
      (lambda w: {**w, "lora.weight": torch.ones(2)}, {}, "lora.weight"),
@@ -1060,6 +1062,6 @@ def test_a_head_of_its_own_is_noticed(imported, tok, capsys):
      (lambda w: w, dict(source="none.pth"), "none.pth: cannot be read"),
      (lambda w: open, {}, "cannot be read"),
      (lambda w: w, dict(tokenizer=""), "--tokenizer= names"),
-     (lambda w: w, dict(out="."), "--out=.: name a file")])
+     (lambda w: w, dict(out="."), "--out='.': cannot be written")])
 def test_what_is_no_baby_llama2_ends_in_one_sentence(imported, tok, spoil, constants, said):
     assert said in refused(lambda: imported(spoil(baby_llama2(tok.vocab_size)), **constants))
