@@ -192,7 +192,7 @@ def quiet():
         yield
 
 
-# ---- damage ---------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------
 
 def damage(rng, path):
     """Change one thing inside a file whose format allows that, or its bytes."""
@@ -229,7 +229,7 @@ def state_file(rng, folder, toks):
         with quiet():
             use()
     except SystemExit as stopped:
-        check_sentence(stopped.code)
+        assert is_sentence(stopped.code), stopped.code
         assert name in stopped.code or str(folder) in stopped.code, stopped.code
         return Counter({f"{name} refused": 1})
     finally:
@@ -238,11 +238,11 @@ def state_file(rng, folder, toks):
     return Counter(used=1)
 
 
-def check_sentence(code):
-    assert isinstance(code, str) and code.strip() and "\n" not in code, repr(code)
+def is_sentence(code):
+    return isinstance(code, str) and code.strip() and "\n" not in code
 
 
-# ---- command lines --------------------------------------------------------------------------------
+# ---- command lines -----------------------------------------------------------------------------
 
 TOKENIZER = "--tokenizer=in/tok.model"
 TRAIN = f"{TOKENIZER} --device=cpu --sample_tokens=3 --max_steps=1"
@@ -304,41 +304,48 @@ def odd_value(rng, name, default):
     return rng.choice(NUMBERS if name in HUNGRY else NUMBERS + LARGE)
 
 
+@contextlib.contextmanager
+def workplace(folder, tok):
+    """In a folder with the inputs; afterwards it holds nothing else, and signals act as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        patch.chdir(folder)
+        if is_new:
+            prepare_inputs(tok)
+        Path("a_folder").mkdir()
+        Path("a_file").write_text("字")
+        patch.setattr(sys, "stdin", io.StringIO("你好\n"))
+        patch.setattr(runtime, "draw_curve", lambda out_dir, title: "no curve")
+        patch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e9)
+        yield patch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "in":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
 def command_line(rng, folder, toks):
     """A script with odd constants does its work, or ends in one sentence before or after."""
-    folder = folder / "commands"
     script = rng.choice(list(COMMANDS))
     module = import_module(script.removesuffix(".py").replace("/", "."))
     names = sorted(config.constants_of(ROOT / script).keys() - UNTRIED)
     odd = rng.sample(names, min(len(names), rng.choice([1, 1, 1, 2, 3])))
     odd = [f"--{name}={odd_value(rng, name, getattr(module, name))}" for name in odd]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        if not folder.exists():
-            folder.mkdir()
-            patch.chdir(folder)
-            with quiet():
-                prepare_inputs(toks[0])
-        patch.chdir(folder)
-        Path("a_folder").mkdir()
-        Path("a_file").write_text("字")
+    with workplace(folder / "commands", toks[0]) as patch:
         patch.setattr(sys, "argv", [script, *COMMANDS[script].split(), *odd])
-        patch.setattr(sys, "stdin", io.StringIO("你好\n"))
-        patch.setattr(runtime, "draw_curve", lambda out_dir, title: "no curve")
-        patch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e9)
+        code = None
         try:
-            with quiet():
-                runpy.run_path(str(ROOT / script), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stopped:
-            if stopped.code:
-                check_sentence(stopped.code)
-                return Counter({f"{script} refused": 1})
-        except BaseException as error:
-            raise AssertionError(f"{script} {odd}: {type(error).__name__}: {error}") from error
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            for path in folder.iterdir():
-                if path.name != "in":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Counter(used=1)
+            code = stopped.code
+        except Exception as error:
+            code = f"{type(error).__name__}\n{error}"              # more than one line, so refused
+    if not code:
+        return Counter(used=1)
+    assert is_sentence(code), f"{script} {odd}: {code}"
+    return Counter({f"{script} refused": 1})
