@@ -48,8 +48,10 @@ def is_a(value, kind):
     """Whether a value is of this type; whole numbers are floats, too, and truth values are not."""
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 62
+    if kind is float and type(value) is int:
+        return abs(value) < 1 << 62
     if kind is float:
-        return type(value) is int or type(value) is float and not math.isnan(value)
+        return type(value) is float and not math.isnan(value)
     return isinstance(value, kind)
 
 

@@ -126,6 +126,7 @@ def each_weight(f):
         (change("shape", n_heads=3), "n_heads"),
         (change("shape", dim=-8), "dim"),
         (change("shape", rope_theta=float("nan")), "rope_theta"),
+        (change("shape", rope_theta=10**30), "rope_theta"),
         (change("shape", tie_embeddings="no"), "tie_embeddings"),
         (change("shape", rope_scaling={"factor": 2}), "rope_scal"),
         (change("shape", rope_scaling=""), "rope_scaling"),
