@@ -63,7 +63,9 @@ def read_folder(path, tokenizer=""):
     shape = read_shape(f"{path}/config.json", config)
     tok = tokenizers.load(tokenizer or path)
     used = [id for id, piece in enumerate(tok.pieces) if piece]
-    largest = max(tok.bos_id, *tok.stop_ids, *used)
+    turns = [{"role": role, "content": ""} for role in ("system", "user")]
+    marks = tok.prompt(turns) if tok.template else []
+    largest = max(tok.bos_id, *tok.stop_ids, *used, *marks)
     if largest >= shape.vocab_size:
         raise SystemExit(f"{path}: its tokenizer has token {largest}, but the model embeds "
                          f"{shape.vocab_size:,}")

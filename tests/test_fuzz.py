@@ -624,6 +624,23 @@ def test_nothing_that_a_file_holds_is_lost_or_ends_a_run(tmp_path):
     assert fuzz(tmp_path, cases, seed, first) == []
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "big5"])
+def test_a_damaged_byte_among_ascii_does_not_decide_the_encoding(tmp_path, encoding):
+    escaped = [{"id": i, "text": "天" * 1000} for i in range(50)]           # 300 KB, all ASCII
+    plain = [{"id": i, "text": "月亮在山上" * 50} for i in range(50, 60)]
+    data = lines(escaped).encode() + b"\n" + lines(plain, ensure_ascii=False).encode(encoding)
+    at = data.index(b"\\u5929", 9000)
+    found = list(readers.records(write(tmp_path, "a.jsonl", data[:at] + b"\xb2" + data[at:])))
+    assert len(found) == 60
+    assert sum(record in escaped + plain for record in found) == 59
+
+
+def test_objects_over_several_lines_are_read_behind_an_empty_one(tmp_path):
+    good = [{"id": i, "text": "好"} for i in range(9)]
+    path = write(tmp_path, "a.json", b"{}\n" + lines(good, indent=1).encode())
+    assert list(readers.records(path)) == [{}, *good]
+
+
 def test_texts_that_composing_changes_are_clean_after_one_pass():
     for text in (
         "\u0387" * 9,

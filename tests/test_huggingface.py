@@ -708,6 +708,17 @@ def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options,
     assert said in sentence and sentence.startswith(str(tmp_path))
 
 
+def test_a_token_of_the_template_without_a_row_in_the_embedding_is_refused(tmp_path):
+    byte_level(tmp_path, controls=("<|endoftext|>", "<|im_end|>", "<|im_start|>"))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    change(tmp_path / "tokenizer.json", added_tokens=spec["added_tokens"][:3])   # no <think>
+    start = spec["added_tokens"][2]["id"]
+    save_model(tmp_path, "Llama", vocab_size=start + 1)
+    assert loaded(tmp_path)
+    save_model(tmp_path, "Llama", vocab_size=start)
+    assert f"token {start}" in refused(loaded, tmp_path)
+
+
 def test_null_is_the_usual_base_of_the_positions(tmp_path, tok):
     save_model(tmp_path, "Llama", tok=tok)
     change(tmp_path / "config.json", rope_parameters=None, rope_theta=None)
