@@ -595,7 +595,7 @@ def fuzz(folder, cases, seed, first=0):
 
     Prints them, and at the end what became of the records, by kind of case.
     """
-    toks, wrong, slowest, table = own_tokenizers(folder), [], 0, defaultdict(Counter)
+    toks, wrong, slowest, table = own_tokenizers(folder), [], (0, 0), defaultdict(Counter)
     (folder / "bins").mkdir()
     began = time.monotonic()
     for number in range(first, first + cases):
@@ -607,12 +607,12 @@ def fuzz(folder, cases, seed, first=0):
         except (Exception, SystemExit) as error:
             wrong.append((number, kind.__name__, f"{type(error).__name__}: {error}"[:600]))
             print("case {}, {}: {}".format(*wrong[-1]), flush=True)
-        slowest = max(slowest, time.monotonic() - start)
+        slowest = max(slowest, (time.monotonic() - start, number))
         if (number + 1) % 5000 == 0:
             print(f"up to case {number}: {len(wrong)} went wrong", flush=True)
     seconds = time.monotonic() - began
-    print(f"seed {seed}, {cases} cases in {seconds:.0f} s, the slowest {slowest:.1f} s, "
-          f"{len(wrong)} went wrong")
+    print(f"seed {seed}, {cases} cases in {seconds:.0f} s, {len(wrong)} went wrong; "
+          "the slowest took {:.1f} s: case {}".format(*slowest))
     for kind, counts in sorted(table.items()):
         n, used = counts.pop("cases"), counts.pop("used", 0)
         reasons = [f"{count:,} {reason}" for reason, count in counts.most_common()]
