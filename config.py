@@ -69,7 +69,7 @@ def override(namespace, argv=None, outlives_reader=False):
         try:
             text.encode("utf-8")
             value = parse(text if equals else "true", type(default))
-        except UnicodeEncodeError:            # other bytes of the command line are surrogates
+        except UnicodeEncodeError:            # Python hands on other bytes as surrogates
             raise SystemExit(f"{script}: --{name}={text} is not in UTF-8; rename the file, or name "
                              "the folder that holds it") from None
         except ValueError:
@@ -79,7 +79,7 @@ def override(namespace, argv=None, outlives_reader=False):
             raise SystemExit(f"{script}: --{name}={text} must not be negative")
         if type(default) is int and value >= 1 << 63:
             raise SystemExit(f"{script}: --{name}={text} must be below 2^63")
-        if type(default) is float and value > 1e12:           # products have to fit into float32
+        if type(default) is float and value > 1e12:           # products of two must fit in float32
             raise SystemExit(f"{script}: --{name}={text} must be at most 1e12")
         namespace[name] = value
     return {name: namespace[name] for name in source}
