@@ -48,8 +48,10 @@ def is_a(value, kind):
     """Whether a value is of this type; whole numbers are floats, too, and truth values are not."""
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 62
+    if kind is float and type(value) is int:
+        return abs(value) < 1 << 62
     if kind is float:
-        return type(value) is int or type(value) is float and not math.isnan(value)
+        return type(value) is float and not math.isnan(value)
     return isinstance(value, kind)
 
 
@@ -207,7 +209,7 @@ def check(state):
     if unknown := shape.keys() - SHAPE:
         raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
     scaling = shape["rope_scaling"]
-    if wrong := has({**shape, "rope_scaling": scaling or {}}, SHAPE):
+    if wrong := has({**shape, "rope_scaling": {} if scaling is None else scaling}, SHAPE):
         raise ValueError(f"the {wrong} of its network is {shape.get(wrong, 'missing')!r}")
     if scaling and has(scaling, dict.fromkeys(scaling, float)):
         raise ValueError(f"the rope_scaling of its network is {scaling}")
@@ -218,11 +220,13 @@ def check(state):
         network = Model(ModelConfig(**shape))
     try:
         network.load_state_dict(dict(weights), assign=True)   # dict: it would mark the original
-        wrong = [name for name, weight in weights.items() if not is_finite(weight)]
+        for name, weight in weights.items():
+            if weight.dtype != torch.float32:
+                raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
+            if not is_finite(weight):
+                raise ValueError(f"the weight {name} is not finite")
     except Exception as error:                                # PyTorch says what does not fit
         raise ValueError(" ".join(str(error).split())[:300]) from None
-    if wrong:
-        raise ValueError(f"the weight {wrong[0]} is not finite")
     state["shape"] = vars(network.config)
     return weights
 
@@ -253,25 +257,33 @@ def load_for(path, tok):
 def load_with_tokenizer(path, tokenizer=""):
     """The checkpoint of load() and its tokenizer: at `tokenizer`, or where the checkpoint says.
 
-    SystemExit if it is not the one that the model was trained with.
+    SystemExit if there is none, or not the one that the model was trained with.
     """
     saved = load(path)
-    tok = load_tokenizer(tokenizer or saved["tokenizer"])
+    name = tokenizer or saved["tokenizer"]
+    try:
+        tok = load_tokenizer(name)
+    except SystemExit as stopped:
+        if tokenizer:
+            raise
+        raise SystemExit(f"{path} was trained with the tokenizer {name!r}, which cannot be read "
+                         f"({stopped}); --tokenizer= names another place") from None
     if tok.sha256 != saved["tokenizer_sha256"]:
         raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is "
                          f"not {tok.name}")
     return saved, tok
 
 
-def read_constants(path, constants):
+def read_constants(path, constants, stage):
     """The constants that the run of a last.pt had, those of them that still are of the same type.
 
-    Where and how this process was started is no part of them. None are found in a damaged file,
-    which open_run() refuses.
+    Where and how this process was started is no part of them. There are none in a damaged file and
+    in one of another stage, which open_run() refuses.
     """
     try:
         # mapped: the weights are not read
-        earlier = torch.load(path, weights_only=True, mmap=True)["constants"]
+        saved = torch.load(path, weights_only=True, mmap=True)
+        earlier = saved["constants"] if saved["stage"] == stage else {}
         return {name: value for name, value in earlier.items()
                 if type(value) is type(constants.get(name))
                 and name not in ("out_dir", "resume", "overwrite")}

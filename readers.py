@@ -34,6 +34,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet",     # read in
 PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
 ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar archive",
             b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Office file"}
+ASCII_BASED = {"utf-8", "gb18030", "big5hkscs"}         # encodings in which ASCII is one byte
 REFUSED = {*ARCHIVES.values(), "tar archive", "binary file"}
 
 
@@ -156,6 +157,12 @@ def blocks(raw, problems):
         yield head                                    # ASCII is the same in all encodings
         head = take(data, 4096)
         encoding = encoding_of(head)
+    while encoding in ASCII_BASED and len(head) < 1 << 20 and is_nearly_ascii(head):
+        more = take(data, len(head))                  # a few bytes may be damage, and decide nothing
+        if not more:
+            break
+        head += more
+        encoding = encoding_of(head)
     if not head:
         return
     if encoding in REFUSED:
@@ -187,6 +194,11 @@ def take(data, n, stop=b"\0\0\0\0"):
         if size >= n or stop in block:
             break
     return b"".join(parts)
+
+
+def is_nearly_ascii(block):
+    """Whether a block has few bytes that tell encodings apart."""
+    return len(block.translate(None, bytes(range(128)))) < 256
 
 
 def encoding_of(block):
@@ -275,7 +287,8 @@ def json_records(first, data, problems):
     """Yield the values of JSONL, of a JSON array, or of JSON objects in sequence, pretty or not."""
     line, scan = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).raw_decode
     try:
-        per_line = isinstance(json.loads(line), dict)
+        value = json.loads(line)
+        per_line = isinstance(value, dict) and value != {}          # {} may stand before anything
     except (ValueError, RecursionError):
         per_line = False
     if not per_line:

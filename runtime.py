@@ -35,6 +35,7 @@ RANK = int(os.environ.get("RANK", 0))                          # torchrun sets t
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # among those of this machine
 LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+TORCHRUN_ANSWERS = timedelta(seconds=30)
 
 if torch.__version__ < OLDEST:
     raise SystemExit(f"PyTorch {torch.__version__} is installed, but this needs {OLDEST} or newer: "
@@ -146,9 +147,14 @@ def end_without_parent(parent):
 def message_store():
     """The store for messages before the processes form a group, and for forming it.
 
-    There is only one: outside of torchrun a second one in the same place fails.
+    There is only one: outside of torchrun a second one in the same place fails. torchrun's own is
+    there before the processes start, so one that does not answer means that torchrun has died.
     """
-    return next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))[0]
+    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = TORCHRUN_ANSWERS if is_there else timedelta(minutes=30)
+    store = next(dist.rendezvous("env://", timeout=patience))[0]
+    store.set_timeout(timedelta(minutes=30))
+    return store
 
 
 def wait_for_others():
@@ -194,7 +200,8 @@ def override(namespace):
         if not constants["resume"]:
             return constants
         path = f"{constants['out_dir']}/last.pt"
-        earlier = checkpoints.read_constants(path, constants)
+        stage = os.path.basename(namespace["__file__"]).removesuffix(".py")
+        earlier = checkpoints.read_constants(path, constants, stage)
         namespace.update(earlier)
         constants = config.override(namespace, outlives_reader=True)     # the command line again
         changed = [f"{name} (then {value!r}, now {constants[name]!r})"

@@ -335,6 +335,7 @@ def main():
     config.check_range(1, batch_tokens=batch_tokens, max_seq_len=max_seq_len,
                        document_tokens=document_tokens, prompt_tokens=prompt_tokens,
                        new_tokens=new_tokens, text_bytes=text_bytes, repeats=repeats)
+    config.check_output("out", out)
     if tokenizer and not tokenizer.endswith(".model"):
         raise SystemExit(f"bench: --tokenizer={tokenizer}: what is compared is sentencepiece; give "
                          "a *.model file")

@@ -6,6 +6,7 @@ A table is written from corpora.py. The Chinese descriptions live in docs/data_z
 corpus gets its English one there, to be translated in place; the translation then stays.
 """
 import config                                  # before torch: sets how its threads wait
+import os
 import re
 
 import corpora
@@ -205,6 +206,10 @@ def network():
 
 
 def main():
+    config.check_output("out", f"{out}/pipeline.svg")
+    for page in HEADS:
+        if not os.path.isfile(f"{docs}/{page}"):
+            raise SystemExit(f"--docs={docs}: there is no {page}; run this in the project's folder")
     for name, draw in ("pipeline", pipeline), ("network", network):
         with config.whole_file(f"{out}/{name}.svg", "wb") as f:
             draw().savefig(f, format="svg", metadata={"Date": None})

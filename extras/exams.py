@@ -127,7 +127,7 @@ def read_questions(path):
 def read_split(folder, name):
     """{subject: questions} of a split, and {sentence about a file: number of rows left out}."""
     subjects, notes = {}, {}
-    for path in sorted(glob(f"{escape(folder)}/{name}/*.csv")):
+    for path in filter(os.path.isfile, sorted(glob(f"{escape(folder)}/{name}/*.csv"))):
         questions, bad = read_questions(path)
         subject = os.path.basename(path).removesuffix(".csv").removesuffix(f"_{name}")
         subjects[subject] = questions

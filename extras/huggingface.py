@@ -63,7 +63,9 @@ def read_folder(path, tokenizer=""):
     shape = read_shape(f"{path}/config.json", config)
     tok = tokenizers.load(tokenizer or path)
     used = [id for id, piece in enumerate(tok.pieces) if piece]
-    largest = max(tok.bos_id, *tok.stop_ids, *used)
+    turns = [{"role": role, "content": ""} for role in ("system", "user")]
+    marks = tok.prompt(turns) if tok.template else []
+    largest = max(tok.bos_id, *tok.stop_ids, *used, *marks)
     if largest >= shape.vocab_size:
         raise SystemExit(f"{path}: its tokenizer has token {largest}, but the model embeds "
                          f"{shape.vocab_size:,}")
@@ -137,13 +139,14 @@ def read_rope(path, config):
         raise SystemExit(f"{path}: rotary positions {rope}, which are not computed here; only "
                          "default and llama3 are")
     check_types(path, rope, ROPE)
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    thetas = rope.get("rope_theta"), config.get("rope_theta"), 10_000.0
+    theta = next(theta for theta in thetas if theta is not None)
     if kind == "default":
         return theta, None
     name = "original_max_position_embeddings"
     original = config.get(name, rope.get(name)) or config["max_position_embeddings"]
     factors = "factor", "low_freq_factor", "high_freq_factor"
-    return theta, {**{factor: rope.get(factor, 0) for factor in factors}, name: original}
+    return theta, {**{factor: rope.get(factor) or 0 for factor in factors}, name: original}
 
 
 def read_weights(path, shape):

@@ -102,8 +102,7 @@ def baby_llama2(tok):
 def main():
     if stage not in ("", "pretrain", "sft"):
         raise SystemExit(f"--stage={stage}: choose pretrain or sft")
-    if not out or os.path.isdir(out):
-        raise SystemExit(f"--out={out}: name a file, such as out/imported/best.pt")
+    config.check_output("out", out)
     if os.path.isdir(source):
         shape, weights, tok, is_chat = huggingface.read_folder(source, tokenizer)
     elif not tokenizer:

@@ -100,6 +100,7 @@ def test_the_steps_are_those_of_pretrain_with_the_constants_of_the_bench(tmp_pat
     ("main", "only", "speed", "choose one of training, generation"),
     ("main", "tokenizer", "gpt2", r"give a \*.model file"),
     ("main", "corpora", "text:nowhere.jsonl", "nowhere.jsonl"),
+    ("main", "out", ".", "--out='.': cannot be written"),
     ("training", "dim", 63, r"n_heads \(4\) must divide dim \(63\)"),
     ("generation", "max_seq_len", 64, r"new_tokens \(64\) together are more than max_seq_len \(64\)")])
 def test_mistakes_end_in_a_sentence(monkeypatch, part, name, value, says):

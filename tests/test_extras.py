@@ -41,6 +41,13 @@ def test_a_wrong_constant_is_answered_with_the_command_for_help(tmp_path):
     assert "see python -m extras.export --help" in wrong.err
 
 
+@pytest.mark.parametrize("argument", ["--out=a_file", "--docs=nowhere"])
+def test_pictures_that_cannot_be_drawn_end_in_a_sentence_before_the_work(tmp_path, argument):
+    (tmp_path / "a_file").touch()
+    wrong = run("extras.draw", tmp_path, argument)
+    assert wrong.rc == 1 and wrong.err.count("\n") == 1 and argument.split("=")[1] in wrong.err
+
+
 def test_the_loss_by_position_is_that_of_each_document_alone(tok, pretrain_dir, tmp_path, capsys):
     torch.manual_seed(0)
     model, T = Model(ModelConfig(tok.vocab_size, 32, 1, 2, max_seq_len=40)), 32

@@ -525,6 +525,8 @@ def test_ranks_under_the_name_of_a_sentencepiece_file_leave_tokenizer_json(tmp_p
      (lambda f: change(f / "tokenizer_config.json", eos_token=None, pad_token=None) or rename_token(
          f / "tokenizer.json", "<|endoftext|>", "<|ende|>"), "no eos token"),
      (lambda f: change(f / "tokenizer.json", added_tokens=[{"id": "1"}]), "added_tokens"),
+     (lambda f: rename_token(f / "tokenizer.json", "<|endoftext|>", "") or change(
+         f / "tokenizer_config.json", eos_token="", pad_token=None), "no eos token"),
      (lambda f: (f / "tokenizer.model").write_bytes(b"junk"), "not a whole sentencepiece model")])
 def test_what_is_no_tokenizer_ends_in_one_sentence(tmp_path, spoil, said):
     byte_level(tmp_path)
@@ -693,6 +695,7 @@ def edit_weights(folder, change):
      (dict(max_position_embeddings=10**12), "max_position"), (dict(model_type=[]), "model_type"),
      (dict(hidden_size=32.0), "hidden_size is 32.0"), (dict(rope_scaling="x"), "rope_scaling is"),
      (dict(rope_scaling={**LLAMA3, "factor": "8"}), "factor is"),
+     (dict(rope_scaling={**LLAMA3, "factor": None}), "all above 0"),
      (dict(layer_types=[{}]), "layer_types has {}"), (dict(vocab_size=300), "embeds 300"),
      (dict(intermediate_size=64), "[48, 32] instead of [64, 32] and 3 more"),
      (dict(num_hidden_layers=1), "model.layers.1.input_layernorm.weight not expected"),
@@ -703,6 +706,23 @@ def test_what_is_not_computed_exactly_is_refused_by_name(tmp_path, tok, options,
     change(tmp_path / "config.json", **options)
     sentence = refused(loaded, tmp_path)
     assert said in sentence and sentence.startswith(str(tmp_path))
+
+
+def test_a_token_of_the_template_without_a_row_in_the_embedding_is_refused(tmp_path):
+    byte_level(tmp_path, controls=("<|endoftext|>", "<|im_end|>", "<|im_start|>"))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    change(tmp_path / "tokenizer.json", added_tokens=spec["added_tokens"][:3])   # no <think>
+    start = spec["added_tokens"][2]["id"]
+    save_model(tmp_path, "Llama", vocab_size=start + 1)
+    assert loaded(tmp_path)
+    save_model(tmp_path, "Llama", vocab_size=start)
+    assert f"token {start}" in refused(loaded, tmp_path)
+
+
+def test_null_is_the_usual_base_of_the_positions(tmp_path, tok):
+    save_model(tmp_path, "Llama", tok=tok)
+    change(tmp_path / "config.json", rope_parameters=None, rope_theta=None)
+    assert loaded(tmp_path)["shape"]["rope_theta"] == 10_000
 
 
 @pytest.mark.parametrize(
@@ -1053,6 +1073,8 @@ def test_a_head_of_its_own_is_noticed(imported, tok, capsys):
 @pytest.mark.parametrize(
     "spoil, constants, said",
     [(lambda w: w, dict(n_heads=5), "--n_heads=5"),
+     (lambda w: w, dict(out="x" * 300), "cannot be written"),
+     (lambda w: w, dict(out=""), "--out=''"),
      (lambda w: w, dict(stage="chat"), "pretrain or sft"),
      (lambda w: {"model": w}, {}, "state_dict"), (lambda w: {}, {}, "missing"),
      (lambda w: {**w, "lora.weight": torch.ones(2)}, {}, "lora.weight"),
@@ -1065,6 +1087,6 @@ def test_a_head_of_its_own_is_noticed(imported, tok, capsys):
      (lambda w: w, dict(source="none.pth"), "none.pth: cannot be read"),
      (lambda w: open, {}, "cannot be read"),
      (lambda w: w, dict(tokenizer=""), "--tokenizer= names"),
-     (lambda w: w, dict(out="."), "--out=.: name a file")])
+     (lambda w: w, dict(out="."), "--out='.': cannot be written")])
 def test_what_is_no_baby_llama2_ends_in_one_sentence(imported, tok, spoil, constants, said):
     assert said in refused(lambda: imported(spoil(baby_llama2(tok.vocab_size)), **constants))
