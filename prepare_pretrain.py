@@ -252,6 +252,11 @@ def write_bin(bin_file, ids_file, dtype, documents, order):
         bin_file.write(np.concatenate([gathered[i] for i in part]))
 
 
+def held_out(hashes, val_fraction):
+    """Which documents go to val.bin, by the hashes of their texts."""
+    return hashes < np.uint64(val_fraction * 2 ** 64)
+
+
 def totals(documents):
     """Figures of some documents, for meta.json."""
     return {"documents": len(documents),
@@ -259,16 +264,34 @@ def totals(documents):
             "bytes": int(documents["bytes"].sum(dtype=np.int64))}
 
 
-def report(inputs, documents, dropped):
-    """{corpus: {records, documents, tokens, bytes, bytes_per_token, dropped}} for meta.json."""
+def report(inputs, figures, dropped):
+    """{corpus: {records, documents, tokens, bytes, bytes_per_token, dropped}} for meta.json.
+
+    figures: totals() of what is kept of each input.
+    """
     rows = {}
-    for number, (corpus, _, _) in enumerate(inputs):
+    for number, ((corpus, _, _), row) in enumerate(zip(inputs, figures)):
         reasons = {str(bad): n for (of, bad), n in dropped.items() if of == number}
-        row = totals(documents[documents["input"] == number])
         rows[corpus] = {"records": row["documents"] + sum(reasons.values()), **row,
                         "bytes_per_token": round(row["bytes"] / max(row["tokens"], 1), 3),
                         "dropped": dict(sorted(reasons.items()))}
     return rows
+
+
+def new_meta(tok, train, val, rows, corpora, tokenizer, val_fraction, seed, **others):
+    """meta.json without checksums, from a report() and the totals() of both bins; prints them.
+
+    SystemExit if one of the bins would be empty. The last arguments are the constants of the run.
+    """
+    print_report({**rows, "train": train, "val": val})
+    if not (train["documents"] and val["documents"]):
+        n_kept = train["documents"] + val["documents"]
+        raise SystemExit(f"{corpora}: too little text: {n_kept} documents are left, of which "
+                         f"--val_fraction={val_fraction} puts {val['documents']} into val.bin; "
+                         "both bins need one")
+    return {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
+            "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
+            "dtype": tok.id_dtype, "seed": seed, "train": train, "val": val, "corpora": rows}
 
 
 def mark_duplicates(documents, signature_file, dropped):
@@ -280,7 +303,8 @@ def mark_duplicates(documents, signature_file, dropped):
     return gone | near
 
 
-def main():
+def check(val_fraction, jaccard, shingle, n_permutations, n_bands, **others):
+    """SystemExit for the first constant of a run that is out of range."""
     config.check_range(1e-6, 0.9, val_fraction=val_fraction)
     config.check_range(0.1, 1, jaccard=jaccard)
     config.check_range(1, 100, shingle=shingle)
@@ -288,6 +312,10 @@ def main():
     if n_permutations % n_bands:
         raise SystemExit(f"--n_permutations={n_permutations}: must be a multiple of "
                          f"n_bands={n_bands}")
+
+
+def main():
+    check(**constants)
     inputs = sources(corpora, TEXT)
     tok = load(tokenizer)
     n_files = sum(len(files) for _, _, files in inputs)
@@ -299,20 +327,12 @@ def main():
         kept = np.ones(len(documents), bool)
         if dedup and len(documents):
             kept = ~mark_duplicates(documents, signature_file, dropped)
-        in_val = documents["hash"] < np.uint64(val_fraction * 2 ** 64)
+        in_val = held_out(documents["hash"], val_fraction)
         train = totals(documents[kept & ~in_val])
         val = totals(documents[kept & in_val])
-        rows = report(inputs, documents[kept], dropped)
-        n_kept = train["documents"] + val["documents"]
-        print_report({**rows, "train": train, "val": val})
-        if not (train["documents"] and val["documents"]):
-            raise SystemExit(f"{corpora}: too little text: {n_kept} documents "
-                             f"are left, of which --val_fraction={val_fraction} puts "
-                             f"{val['documents']} into val.bin; both bins need one")
-        meta = {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
-                "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": tok.id_dtype, "seed": seed, "train": train, "val": val,
-                "corpora": rows}
+        figures = [totals(documents[kept & (documents["input"] == number)])
+                   for number in range(len(inputs))]
+        meta = new_meta(tok, train, val, report(inputs, figures, dropped), **constants)
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
         # The files are renamed from the last to the first: meta.json proves that the bins are whole
         with config.whole_file(f"{data_dir}/meta.json") as meta_file, \
