@@ -257,32 +257,39 @@ def held_out(hashes, val_fraction):
     return hashes < np.uint64(val_fraction * 2 ** 64)
 
 
-def totals(documents):
-    """Figures of some documents, for meta.json."""
-    return {"documents": len(documents),
-            "tokens": int(documents["tokens"].sum(dtype=np.int64)),
-            "bytes": int(documents["bytes"].sum(dtype=np.int64))}
+def count(documents, in_val, n_inputs):
+    """How many documents, tokens and bytes there are: (inputs, train or val, 3)."""
+    counts = np.zeros((n_inputs, 2, 3), np.int64)
+    for number, is_val in np.ndindex(n_inputs, 2):
+        some = documents[(documents["input"] == number) & (in_val == is_val)]
+        tokens, n_bytes = (some[name].sum(dtype=np.int64) for name in ("tokens", "bytes"))
+        counts[number, is_val] = len(some), tokens, n_bytes
+    return counts
 
 
-def report(inputs, figures, dropped):
-    """{corpus: {records, documents, tokens, bytes, bytes_per_token, dropped}} for meta.json.
+def named(counts):
+    return dict(zip(("documents", "tokens", "bytes"), counts.tolist()))
 
-    figures: totals() of what is kept of each input.
-    """
+
+def report(inputs, counts, dropped):
+    """{corpus: {records, documents, tokens, bytes, bytes_per_token, dropped}} for meta.json."""
     rows = {}
-    for number, ((corpus, _, _), row) in enumerate(zip(inputs, figures)):
+    for number, (corpus, _, _) in enumerate(inputs):
         reasons = {str(bad): n for (of, bad), n in dropped.items() if of == number}
+        row = named(counts[number].sum(0))
         rows[corpus] = {"records": row["documents"] + sum(reasons.values()), **row,
                         "bytes_per_token": round(row["bytes"] / max(row["tokens"], 1), 3),
                         "dropped": dict(sorted(reasons.items()))}
     return rows
 
 
-def new_meta(tok, train, val, rows, corpora, tokenizer, val_fraction, seed, **others):
-    """meta.json without checksums, from a report() and the totals() of both bins; prints them.
+def new_meta(tok, inputs, counts, dropped, corpora, tokenizer, val_fraction, seed, **others):
+    """meta.json without the checksums, which it also prints; the last arguments are the constants.
 
-    SystemExit if one of the bins would be empty. The last arguments are the constants of the run.
+    counts: of what is kept, as of count(). SystemExit if a bin would be empty.
     """
+    rows = report(inputs, counts, dropped)
+    train, val = map(named, counts.sum(0))
     print_report({**rows, "train": train, "val": val})
     if not (train["documents"] and val["documents"]):
         n_kept = train["documents"] + val["documents"]
@@ -328,11 +335,8 @@ def main():
         if dedup and len(documents):
             kept = ~mark_duplicates(documents, signature_file, dropped)
         in_val = held_out(documents["hash"], val_fraction)
-        train = totals(documents[kept & ~in_val])
-        val = totals(documents[kept & in_val])
-        figures = [totals(documents[kept & (documents["input"] == number)])
-                   for number in range(len(inputs))]
-        meta = new_meta(tok, train, val, report(inputs, figures, dropped), **constants)
+        counts = count(documents[kept], in_val[kept], len(inputs))
+        meta = new_meta(tok, inputs, counts, dropped, **constants)
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
         # The files are renamed from the last to the first: meta.json proves that the bins are whole
         with config.whole_file(f"{data_dir}/meta.json") as meta_file, \
