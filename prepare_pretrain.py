@@ -190,7 +190,8 @@ def near_duplicates(file, gone, n_permutations, n_bands, jaccard):
     """
     near = np.zeros(len(gone), bool)
     rows = n_permutations // n_bands
-    for band in tqdm(range(n_bands), desc="near duplicates", unit=" bands", disable=None):
+    bands = range(n_bands if len(gone) else 0)        # no file of no bytes can be mapped
+    for band in tqdm(bands, desc="near duplicates", unit=" bands", disable=None):
         keys = band_keys(file, n_permutations, band * rows, rows)
         left = np.flatnonzero(~(gone | near)).astype(np.uint32)
         left = left[np.argsort(keys[left], kind="stable")]
@@ -332,7 +333,7 @@ def main():
             tempfile.TemporaryFile(dir=data_dir) as signature_file:
         documents, dropped = collect(inputs, ids_file, signature_file)
         kept = np.ones(len(documents), bool)
-        if dedup and len(documents):
+        if dedup:
             kept = ~mark_duplicates(documents, signature_file, dropped)
         in_val = held_out(documents["hash"], val_fraction)
         counts = count(documents[kept], in_val[kept], len(inputs))

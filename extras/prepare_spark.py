@@ -11,9 +11,10 @@ import os
 import random
 import re
 import sys
-import tempfile
 from collections import Counter
+from functools import partial
 from operator import ior, itemgetter
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import numpy as np
 
@@ -40,13 +41,11 @@ constants = config.override(globals())
 
 try:
     from py4j.protocol import Py4JJavaError
-    from pyspark import SparkConf, SparkContext, StorageLevel, TaskContext
-    from pyspark.errors import PySparkRuntimeError
+    from pyspark import SparkConf, SparkContext, StorageLevel, TaskContext, errors
 except ImportError:
     raise SystemExit("extras.prepare_spark needs a package: pip install pyspark") from None
 
 HERE = os.getcwd()                       # relative paths start here on all machines
-DISK = StorageLevel.DISK_ONLY
 
 
 # ---- in the workers, to which Spark sends these functions and the constants ----------------------
@@ -87,23 +86,19 @@ def spread(node):
 
 
 def near_duplicates(rows):
-    """The near duplicates among the documents of components: the same as prepare_pretrain.py finds.
-
-    rows: ((component, place), (hash, (document, component))), sorted.
-    """
+    """Those among sorted ((component, place), (hash, (row, component))): yields (hash, row)."""
     documents = []
-    with tempfile.TemporaryFile() as file:
-        for _, (digest, (document, _)) in rows:
-            documents.append((digest, document))
-            file.write(document[2])
+    with TemporaryFile() as file:
+        for _, (digest, (row, _)) in rows:
+            documents.append((digest, row))
+            file.write(row[2])
         file.flush()
-        if documents:
-            gone = np.zeros(len(documents), bool)
-            near = prepare_pretrain.near_duplicates(file, gone, n_permutations, n_bands, jaccard)
-            yield from (documents[i] for i in np.flatnonzero(near))
+        gone = np.zeros(len(documents), bool)
+        near = prepare_pretrain.near_duplicates(file, gone, n_permutations, n_bands, jaccard)
+        yield from (documents[i] for i in np.flatnonzero(near))
 
 
-def placed(document, n_shards):
+def placed(n_shards, document):
     """((shard, random position, place), ids); shard 0 is val.bin."""
     digest, (place, _, _, ids) = document
     position = random.Random(f"{seed} {place}").random()
@@ -111,7 +106,7 @@ def placed(document, n_shards):
     return (shard, position, place), ids
 
 
-def write(shard, rows, folder):
+def write(folder, shard, rows):
     """Yield (name, path, CRC-32) of both files of a shard."""
     name = f"train-{shard - 1:05}" if shard else "val"
     path = f"{folder}/{name}-{TaskContext.get().taskAttemptId()}"     # a task may run twice
@@ -125,8 +120,6 @@ def write(shard, rows, folder):
     yield f"{name}.corpus", f"{path}.corpus", inputs_out.crc32
 
 
-# ---- in the driver -------------------------------------------------------------------------------
-
 def find_near(documents, n_parts):
     """The near duplicates: compares the documents that are connected by a band they agree on."""
     clusters = documents.flatMap(bands).groupByKey(n_parts).mapValues(set)
@@ -134,49 +127,47 @@ def find_near(documents, n_parts):
     before, now = None, 0
     while before != now:                 # until the smallest of each component has all of it
         clusters = clusters.flatMap(spread).reduceByKey(ior, n_parts).cache()
-        before, now = now, clusters.map(lambda node: hash((node[0], frozenset(node[1])))).sum()
+        before, now = now, clusters.map(lambda node: hash((node[0], sum(node[1])))).sum()
     rows = documents.join(clusters.mapValues(min), n_parts)
     rows = rows.keyBy(lambda row: (row[1][1], row[1][0][0]))
     rows = rows.repartitionAndSortWithinPartitions(n_parts, itemgetter(0))
-    return rows.mapPartitions(near_duplicates).persist(DISK)
+    return rows.mapPartitions(near_duplicates).persist(StorageLevel.DISK_ONLY)
 
 
-def count(documents, n_inputs):
+def count(documents, inputs):
     """prepare_pretrain.count() of documents in Spark."""
     def tally(rows):
         some = np.frombuffer(b"".join(row[1] for _, row in rows), DOCUMENT)
-        yield prepare_pretrain.count(some, held_out(some["hash"], val_fraction), n_inputs)
-
+        in_val = held_out(some["hash"], val_fraction)
+        yield prepare_pretrain.count(some, in_val, len(inputs))
     return documents.mapPartitions(tally).sum()
 
 
 def run(spark, inputs, tok, scratch):
     """All steps: meta.json without checksums, and what write() yields."""
     files = [(i, name, path) for i, (_, name, paths) in enumerate(inputs) for path in paths]
-    files = sorted(enumerate(files), key=lambda file: -os.path.getsize(file[1][2]))
-    rows = spark.parallelize(files, min(len(files), 10_000)).mapPartitions(read).persist(DISK)
+    tasks = spark.parallelize(list(enumerate(files)), min(len(files), 10_000))
+    rows = tasks.mapPartitions(read).persist(StorageLevel.DISK_ONLY)
     documents = rows.filter(lambda row: row[0] is not None)
-    kept = found = count(documents, len(inputs))
-    n_found = int(found[..., 0].sum())
-    print(f"{n_found:,} documents are clean and encoded", flush=True)
-    dropped = Counter()
-    for _, (_, reasons) in sorted(rows.filter(lambda row: row[0] is None).collect()):
-        dropped.update(reasons)
+    kept = found = count(documents, inputs)
+    print(f"{found[..., 0].sum():,} documents are clean and encoded", flush=True)
+    reasons = sorted(rows.filter(lambda row: row[0] is None).collect())
+    dropped = sum((some for _, (_, some) in reasons), Counter())
     if dedup:
-        n_parts = max(spark.defaultParallelism, n_found // 200_000)
-        unique = documents.reduceByKey(min, n_parts).persist(DISK)
+        n_parts = max(spark.defaultParallelism, int(found[..., 0].sum()) // 200_000)
+        unique = documents.reduceByKey(min, n_parts).persist(StorageLevel.DISK_ONLY)
         near = find_near(unique.mapValues(itemgetter(0, 1, 2)), n_parts)
         documents = unique.subtractByKey(near, n_parts)
-        first, again = count(unique, len(inputs)), count(near, len(inputs))
+        first, again = count(unique, inputs), count(near, inputs)
         kept = first - again
         for what, counts in ("exact duplicate", found - first), ("near duplicate", again):
             for number, n in enumerate(counts[..., 0].sum(1).tolist()):
                 dropped[number, Bad(what)] += n
     meta = prepare_pretrain.new_meta(tok, inputs, kept, +dropped, **constants)
     n_shards = -(-meta["train"]["tokens"] // shard_tokens)
-    rows = documents.map(lambda document: placed(document, n_shards))
+    rows = documents.map(partial(placed, n_shards))
     rows = rows.repartitionAndSortWithinPartitions(1 + n_shards, itemgetter(0))
-    rows = rows.mapPartitionsWithIndex(lambda shard, rows: write(shard, rows, scratch))
+    rows = rows.mapPartitionsWithIndex(partial(write, scratch))
     return meta, sorted(rows.collect())
 
 
@@ -187,9 +178,9 @@ def main():
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     conf = SparkConf().setAppName("prepare_spark").setIfMissing("spark.log.level", "ERROR")
     conf.setMaster(master or conf.get("spark.master", "local[*]"))
-    conf.setExecutorEnv("PYTHONPATH", os.path.dirname(os.path.abspath(config.__file__)))
-    with SparkContext(conf=conf) as spark, interruptible(data_dir), \
-            tempfile.TemporaryDirectory(dir=os.path.abspath(data_dir)) as scratch:
+    conf.setExecutorEnv("PYTHONPATH", os.pathsep.join(sys.path))
+    with config.only_user_of("data_dir", data_dir), SparkContext(conf=conf) as spark, \
+            interruptible(data_dir), TemporaryDirectory(dir=os.path.abspath(data_dir)) as scratch:
         print(f"Spark {spark.version} at {spark.master}", flush=True)
         meta, files = run(spark, inputs, tok, scratch)
         meta["crc32"] = {name: crc32 for name, _, crc32 in files}
@@ -202,8 +193,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with config.only_user_of("data_dir", data_dir):
-            main()
-    except (PySparkRuntimeError, Py4JJavaError) as error:
-        reasons = re.findall("SystemExit: (.*)", str(error)) or [f"Spark (needs Java 17): {error}"]
-        raise SystemExit(reasons[0]) from None
+        main()
+    except (errors.PySparkRuntimeError, Py4JJavaError) as error:
+        reason = re.search("SystemExit: (.*)", str(error))
+        raise SystemExit(reason[1] if reason else f"Spark (needs Java 17): {error}") from None

@@ -153,7 +153,9 @@ def environment(tmp_path_factory):
         "spark.ui.enabled false\nspark.ui.showConsoleProgress false\nspark.driver.memory 512m\n"
         "spark.driver.host 127.0.0.1\nspark.driver.bindAddress 127.0.0.1\n"
         f"spark.executor.memory 512m\nspark.local.dir {folder}\n", encoding="utf-8")
-    return {**os.environ, "SPARK_CONF_DIR": str(folder), "SPARK_LOCAL_IP": "127.0.0.1",
+    # JVMs that live for seconds are not worth an optimising compiler
+    return {**os.environ, "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            "SPARK_CONF_DIR": str(folder), "SPARK_LOCAL_IP": "127.0.0.1",
             "SPARK_WORKER_DIR": str(folder), "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1",
             "PYSPARK_PYTHON": sys.executable}
 
