@@ -263,7 +263,8 @@ def count(documents, in_val, n_inputs):
     counts = np.zeros((n_inputs, 2, 3), np.int64)
     for number, is_val in np.ndindex(n_inputs, 2):
         some = documents[(documents["input"] == number) & (in_val == is_val)]
-        tokens, n_bytes = (some[name].sum(dtype=np.int64) for name in ("tokens", "bytes"))
+        tokens = some["tokens"].sum(dtype=np.int64)
+        n_bytes = some["bytes"].sum(dtype=np.int64)
         counts[number, is_val] = len(some), tokens, n_bytes
     return counts
 
@@ -290,16 +291,23 @@ def new_meta(tok, inputs, counts, dropped, corpora, tokenizer, val_fraction, see
     counts: of what is kept, as of count(). SystemExit if a bin would be empty.
     """
     rows = report(inputs, counts, dropped)
-    train, val = map(named, counts.sum(0))
+    train = named(counts[:, 0].sum(0))
+    val = named(counts[:, 1].sum(0))
     print_report({**rows, "train": train, "val": val})
     if not (train["documents"] and val["documents"]):
         n_kept = train["documents"] + val["documents"]
         raise SystemExit(f"{corpora}: too little text: {n_kept} documents are left, of which "
                          f"--val_fraction={val_fraction} puts {val['documents']} into val.bin; "
                          "both bins need one")
-    return {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
-            "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-            "dtype": tok.id_dtype, "seed": seed, "train": train, "val": val, "corpora": rows}
+    return {"format": 1,
+            "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
+            "vocab_size": tok.vocab_size,
+            "bos_id": tok.bos_id, "eos_id": tok.eos_id,
+            "dtype": tok.id_dtype,
+            "seed": seed,
+            "train": train, "val": val,
+            "corpora": rows,
+            "crc32": {}}
 
 
 def mark_duplicates(documents, signature_file, dropped):

@@ -2,9 +2,8 @@
 
     python -m extras.prepare_spark --corpora=skypile:/shared/skypile --data_dir=/shared/bins
 
-Apache Spark distributes the functions of prepare_pretrain.py: the same input and constants keep and
-hold out the same documents, in another order. All machines need this folder, the corpora and
-data_dir at the same paths. docs/spark.md explains the steps.
+Apache Spark distributes its functions. The same input and constants keep and hold out the same
+documents, in another order. Paths must be the same on all machines. See docs/spark.md.
 """
 import json
 import os
@@ -38,6 +37,7 @@ seed           = 1337      # of the shuffle and the hash functions, from 0 up
 shard_tokens   = 500_000_000             # mean size of a shard; training keeps all of them open
 master         = ""        # such as spark://host:7077; empty: spark-submit's, or this machine
 constants = config.override(globals())
+HERE = os.getcwd()         # relative paths start here on all machines
 
 try:
     from py4j.protocol import Py4JJavaError
@@ -45,14 +45,12 @@ try:
 except ImportError:
     raise SystemExit("extras.prepare_spark needs a package: pip install pyspark") from None
 
-HERE = os.getcwd()                       # relative paths start here on all machines
-
 
 # ---- in the workers, to which Spark sends these functions and the constants ----------------------
 # A document is (hash of its text, (its place in the input, DOCUMENT, signature, ids)).
 
 def read(files):
-    """Yield the documents of [(number, (input, name, path))], and per file (None, dropped)."""
+    """Yield the documents of [(number, (input, name, path))]; per file (None, number, dropped)."""
     os.chdir(HERE)
     hashing = dict(shingle=shingle, n_permutations=n_permutations, seed=seed) if dedup else None
     prepare_pretrain.begin(tokenizer, hashing)
@@ -68,7 +66,7 @@ def read(files):
                 signature = bytes(signatures[i]) if dedup else b""
                 yield int(document["hash"]), (place, bytes(document), signature, bytes(parts[i]))
             n += len(documents)
-        yield None, (file, dropped)
+        yield None, file, dropped
 
 
 def bands(document):
@@ -82,14 +80,14 @@ def spread(node):
     """A step of Hash-to-Min, which finds connected components (Rastogi et al. 2013)."""
     cluster = node[1]
     smallest = min(cluster)
-    return [(smallest, cluster), *((member, {smallest}) for member in cluster)]
+    return [(smallest, cluster)] + [(member, {smallest}) for member in cluster]
 
 
 def near_duplicates(rows):
-    """Those among sorted ((component, place), (hash, (row, component))): yields (hash, row)."""
+    """The near duplicates among ((component, document), hash), sorted, as on one machine."""
     documents = []
     with TemporaryFile() as file:
-        for _, (digest, (row, _)) in rows:
+        for (_, row), digest in rows:
             documents.append((digest, row))
             file.write(row[2])
         file.flush()
@@ -113,23 +111,23 @@ def write(folder, shard, rows):
     with config.whole_file(path, "wb") as ids_file, \
             config.whole_file(f"{path}.corpus", "wb") as inputs_file:
         ids_out, inputs_out = config.Checksum(ids_file), config.Checksum(inputs_file)
-        for (_, _, place), ids in rows:
+        for (_, _, (source, *_)), ids in rows:
             ids_out.write(ids)
-            inputs_out.write(place[0].to_bytes(2, "little"))
+            inputs_out.write(source.to_bytes(2, "little"))
     yield f"{name}.bin", path, ids_out.crc32
     yield f"{name}.corpus", f"{path}.corpus", inputs_out.crc32
 
 
 def find_near(documents, n_parts):
-    """The near duplicates: compares the documents that are connected by a band they agree on."""
+    """The near duplicates: compares documents that are connected by bands they agree on."""
     clusters = documents.flatMap(bands).groupByKey(n_parts).mapValues(set)
     clusters = clusters.filter(lambda node: len(node[1]) > 1)
     before, now = None, 0
     while before != now:                 # until the smallest of each component has all of it
         clusters = clusters.flatMap(spread).reduceByKey(ior, n_parts).cache()
         before, now = now, clusters.map(lambda node: hash((node[0], sum(node[1])))).sum()
-    rows = documents.join(clusters.mapValues(min), n_parts)
-    rows = rows.keyBy(lambda row: (row[1][1], row[1][0][0]))
+    rows = clusters.mapValues(min).join(documents, n_parts)
+    rows = rows.map(lambda row: row[::-1])
     rows = rows.repartitionAndSortWithinPartitions(n_parts, itemgetter(0))
     return rows.mapPartitions(near_duplicates).persist(StorageLevel.DISK_ONLY)
 
@@ -150,21 +148,23 @@ def run(spark, inputs, tok, scratch):
     rows = tasks.mapPartitions(read).persist(StorageLevel.DISK_ONLY)
     documents = rows.filter(lambda row: row[0] is not None)
     kept = found = count(documents, inputs)
-    print(f"{found[..., 0].sum():,} documents are clean and encoded", flush=True)
+    n_found = int(found[..., 0].sum())
+    print(f"{n_found:,} documents are clean and encoded", flush=True)
     reasons = sorted(rows.filter(lambda row: row[0] is None).collect())
-    dropped = sum((some for _, (_, some) in reasons), Counter())
+    dropped = sum((some for _, _, some in reasons), Counter())
     if dedup:
-        n_parts = max(spark.defaultParallelism, int(found[..., 0].sum()) // 200_000)
+        n_parts = max(spark.defaultParallelism, n_found // 200_000)
         unique = documents.reduceByKey(min, n_parts).persist(StorageLevel.DISK_ONLY)
         near = find_near(unique.mapValues(itemgetter(0, 1, 2)), n_parts)
         documents = unique.subtractByKey(near, n_parts)
-        first, again = count(unique, inputs), count(near, inputs)
+        first = count(unique, inputs)
+        again = count(near, inputs)
         kept = first - again
         for what, counts in ("exact duplicate", found - first), ("near duplicate", again):
             for number, n in enumerate(counts[..., 0].sum(1).tolist()):
                 dropped[number, Bad(what)] += n
     meta = prepare_pretrain.new_meta(tok, inputs, kept, +dropped, **constants)
-    n_shards = -(-meta["train"]["tokens"] // shard_tokens)
+    n_shards = 1 + meta["train"]["tokens"] // shard_tokens
     rows = documents.map(partial(placed, n_shards))
     rows = rows.repartitionAndSortWithinPartitions(1 + n_shards, itemgetter(0))
     rows = rows.mapPartitionsWithIndex(partial(write, scratch))
@@ -183,11 +183,11 @@ def main():
             interruptible(data_dir), TemporaryDirectory(dir=os.path.abspath(data_dir)) as scratch:
         print(f"Spark {spark.version} at {spark.master}", flush=True)
         meta, files = run(spark, inputs, tok, scratch)
-        meta["crc32"] = {name: crc32 for name, _, crc32 in files}
         with config.whole_file(f"{data_dir}/meta.json") as meta_file:
-            json.dump(meta, meta_file, ensure_ascii=False, indent=1)
-            for name, path, _ in files:
+            for name, path, crc32 in files:
                 os.replace(path, f"{data_dir}/{name}")
+                meta["crc32"][name] = crc32
+            json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote {len(files) // 2 - 1} shards, val.bin and meta.json to {data_dir}")
 
 
