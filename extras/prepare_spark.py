@@ -129,7 +129,7 @@ def find_near(documents, n_parts):
     rows = clusters.mapValues(min).join(documents, n_parts)
     rows = rows.map(lambda row: row[::-1])
     rows = rows.repartitionAndSortWithinPartitions(n_parts, itemgetter(0))
-    return rows.mapPartitions(near_duplicates).persist(StorageLevel.DISK_ONLY)
+    return rows.mapPartitions(near_duplicates).partitionBy(n_parts).persist(StorageLevel.DISK_ONLY)
 
 
 def count(documents, inputs):
