@@ -2,8 +2,8 @@
 
     python -m extras.prepare_spark --corpora=skypile:/shared/skypile --data_dir=/shared/bins
 
-Apache Spark distributes its functions. The same input and constants keep and hold out the same
-documents, in another order. Paths must be the same on all machines. See docs/spark.md.
+Apache Spark distributes its functions: the same documents are kept and held out, in another order.
+The paths are absolute and the same on all machines. See docs/spark.md.
 """
 import json
 import os
@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from functools import partial
+from itertools import compress
 from operator import ior, itemgetter
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -37,7 +38,6 @@ seed           = 1337      # of the shuffle and the hash functions, from 0 up
 shard_tokens   = 500_000_000             # mean size of a shard; training keeps all of them open
 master         = ""        # such as spark://host:7077; empty: spark-submit's, or this machine
 constants = config.override(globals())
-HERE = os.getcwd()         # relative paths start here on all machines
 
 try:
     from py4j.protocol import Py4JJavaError
@@ -46,12 +46,9 @@ except ImportError:
     raise SystemExit("extras.prepare_spark needs a package: pip install pyspark") from None
 
 
-# ---- in the workers, to which Spark sends these functions and the constants ----------------------
 # A document is (hash of its text, (its place in the input, DOCUMENT, signature, ids)).
-
 def read(files):
     """Yield the documents of [(number, (input, name, path))]; per file (None, number, dropped)."""
-    os.chdir(HERE)
     hashing = dict(shingle=shingle, n_permutations=n_permutations, seed=seed) if dedup else None
     prepare_pretrain.begin(tokenizer, hashing)
     for file, (source, name, path) in files:
@@ -76,10 +73,17 @@ def bands(document):
     return [(signature[i:i + rows], digest) for i in range(0, n_permutations, rows)]
 
 
+def agreeing(pairs):
+    """Yield (band, two hashes) for documents that agree on a band."""
+    first = {}
+    for band, digest in pairs:
+        if first.setdefault(band, digest) != digest:
+            yield band, {first[band], digest}
+
+
 def spread(node):
     """A step of Hash-to-Min, which finds connected components (Rastogi et al. 2013)."""
-    cluster = node[1]
-    smallest = min(cluster)
+    cluster, smallest = node[1], min(node[1])
     return [(smallest, cluster)] + [(member, {smallest}) for member in cluster]
 
 
@@ -93,7 +97,7 @@ def near_duplicates(rows):
         file.flush()
         gone = np.zeros(len(documents), bool)
         near = prepare_pretrain.near_duplicates(file, gone, n_permutations, n_bands, jaccard)
-        yield from (documents[i] for i in np.flatnonzero(near))
+        yield from compress(documents, near)
 
 
 def placed(n_shards, document):
@@ -120,14 +124,12 @@ def write(folder, shard, rows):
 
 def find_near(documents, n_parts):
     """The near duplicates: compares documents that are connected by bands they agree on."""
-    clusters = documents.flatMap(bands).groupByKey(n_parts).mapValues(set)
-    clusters = clusters.filter(lambda node: len(node[1]) > 1)
+    clusters = documents.flatMap(bands).partitionBy(n_parts).mapPartitions(agreeing)
     before, now = None, 0
     while before != now:                 # until the smallest of each component has all of it
         clusters = clusters.flatMap(spread).reduceByKey(ior, n_parts).cache()
         before, now = now, clusters.map(lambda node: hash((node[0], sum(node[1])))).sum()
-    rows = clusters.mapValues(min).join(documents, n_parts)
-    rows = rows.map(lambda row: row[::-1])
+    rows = clusters.mapValues(min).join(documents, n_parts).map(lambda row: row[::-1])
     rows = rows.repartitionAndSortWithinPartitions(n_parts, itemgetter(0))
     return rows.mapPartitions(near_duplicates).partitionBy(n_parts).persist(StorageLevel.DISK_ONLY)
 
@@ -144,7 +146,7 @@ def count(documents, inputs):
 def run(spark, inputs, tok, scratch):
     """All steps: meta.json without checksums, and what write() yields."""
     files = [(i, name, path) for i, (_, name, paths) in enumerate(inputs) for path in paths]
-    tasks = spark.parallelize(list(enumerate(files)), min(len(files), 10_000))
+    tasks = spark.parallelize(list(enumerate(files)), len(files))
     rows = tasks.mapPartitions(read).persist(StorageLevel.DISK_ONLY)
     documents = rows.filter(lambda row: row[0] is not None)
     kept = found = count(documents, inputs)
@@ -153,12 +155,11 @@ def run(spark, inputs, tok, scratch):
     reasons = sorted(rows.filter(lambda row: row[0] is None).collect())
     dropped = sum((some for _, _, some in reasons), Counter())
     if dedup:
-        n_parts = max(spark.defaultParallelism, n_found // 200_000)
+        n_parts = max(spark.defaultParallelism, n_found // 100_000)
         unique = documents.reduceByKey(min, n_parts).persist(StorageLevel.DISK_ONLY)
         near = find_near(unique.mapValues(itemgetter(0, 1, 2)), n_parts)
         documents = unique.subtractByKey(near, n_parts)
-        first = count(unique, inputs)
-        again = count(near, inputs)
+        first, again = count(unique, inputs), count(near, inputs)
         kept = first - again
         for what, counts in ("exact duplicate", found - first), ("near duplicate", again):
             for number, n in enumerate(counts[..., 0].sum(1).tolist()):
@@ -181,7 +182,6 @@ def main():
     conf.setExecutorEnv("PYTHONPATH", os.pathsep.join(sys.path))
     with config.only_user_of("data_dir", data_dir), SparkContext(conf=conf) as spark, \
             interruptible(data_dir), TemporaryDirectory(dir=os.path.abspath(data_dir)) as scratch:
-        print(f"Spark {spark.version} at {spark.master}", flush=True)
         meta, files = run(spark, inputs, tok, scratch)
         with config.whole_file(f"{data_dir}/meta.json") as meta_file:
             for name, path, crc32 in files:

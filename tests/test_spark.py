@@ -138,8 +138,8 @@ def corpus(tok, tmp_path_factory):
                 f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             f.write('{"text": "cut\n{"title": "no text"}\n')
     (folder / "lines.txt").write_text("\n".join(texts[4::5]), encoding="utf-8")
-    arguments = [f"--corpora=txt_line:lines.txt,text:{folder}/web", f"--tokenizer={tok.name}",
-                 *CONSTANTS]
+    arguments = [f"--corpora=txt_line:{folder}/lines.txt,text:{folder}/web",
+                 f"--tokenizer={tok.name}", *CONSTANTS]
     done = run("prepare_pretrain.py", folder, *arguments, "--data_dir=one", "--workers=1")
     assert done.rc == 0, done.err
     return folder, arguments
