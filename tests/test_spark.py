@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, write_pretrain
+from conftest import ROOT, run
 
 import checkpoints
 import pretrain
