@@ -33,10 +33,10 @@ test: .venv/test
 	@touch $@
 
 # The chat page is tested in a browser: the system's, or one that Playwright downloads, or in CI
-# Debian's. Without any, those tests are skipped.
+# Debian's. Without any, those tests are skipped; so are those of Spark without the system's Java 17.
 .venv/test: .venv/demo Makefile
 	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
-	peft trl starlette uvicorn openai playwright
+	peft trl starlette uvicorn openai playwright pyspark
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
 	echo "installing a browser for the tests of the page"; \
 	$(PYTHON) -m playwright install --only-shell chromium >/dev/null 2>&1 || \

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import zipfile
 import zlib
 from dataclasses import fields
@@ -97,14 +98,18 @@ def read_meta(path, tokenizer, made_by):
 
 
 def open_bin(path, dtype, length, meta, made_by, below=None):
-    """A flat array of `length` numbers on disk, read where it is touched.
+    """A flat array of `length` numbers on disk, read where it is touched; None: as many as it has.
 
     SystemExit if its length or its checksum is not what meta.json says, or if a number in it is not
     below `below`. Bins made before there were checksums have none.
     """
-    again = f"run python {made_by} again"
-    expected = length * np.dtype(dtype).itemsize
-    found = os.path.getsize(path) if os.path.isfile(path) else "missing"
+    again, size = f"run python {made_by} again", np.dtype(dtype).itemsize
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: missing; {again}")
+    found = os.path.getsize(path)
+    if length is None:
+        length = found // size
+    expected = length * size
     if found != expected:
         raise SystemExit(f"{path}: {found}, where meta.json says {expected} bytes; {again}")
     data = np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)
@@ -119,9 +124,50 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     return data
 
 
+class Shards:
+    """Arrays that are read as one: it has a length and slices, which are copies."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        stop = max(start, stop)
+        first, last = np.searchsorted(self.starts[1:-1], (start, stop), "right")
+        pieces = []
+        for array, begin in zip(self.arrays[first:last + 1], self.starts[first:]):
+            pieces.append(array[max(start - begin, 0):stop - begin])
+        return np.concatenate(pieces)
+
+
+def open_shards(path, dtype, length, meta, made_by, below=None):
+    """open_bin() for a file that may be cut into shards: train.bin, or train-00000.bin and so on.
+
+    meta.json lists the shards among the checksums. Shards are returned as one, see Shards.
+    """
+    stem, suffix = os.path.splitext(path)
+    shard = re.escape(os.path.basename(stem)) + r"-\d+" + re.escape(suffix)
+    names = sorted(filter(re.compile(shard).fullmatch, meta["crc32"]))
+    if not names:
+        return open_bin(path, dtype, length, meta, made_by, below)
+    arrays = []
+    for name in names:
+        file = os.path.join(os.path.dirname(path), name)
+        arrays.append(open_bin(file, dtype, None, meta, made_by, below))
+    shards = Shards(arrays)
+    if len(shards) != length:
+        raise SystemExit(f"{stem}-*{suffix}: {len(shards):,} numbers in all, where meta.json says "
+                         f"{length:,}; run python {made_by} again")
+    return shards
+
+
 def open_tokens(path, length, meta, made_by, vocab_size):
-    """open_bin() for token ids, in the type that meta.json names."""
-    return open_bin(path, TOKENS[meta["dtype"]], length, meta, made_by, vocab_size)
+    """open_shards() for token ids, in the type that meta.json names."""
+    return open_shards(path, TOKENS[meta["dtype"]], length, meta, made_by, vocab_size)
 
 
 def open_examples(data_dir, part, meta, size, vocab_size):

@@ -193,7 +193,8 @@ def near_duplicates(file, gone, n_permutations, n_bands, jaccard):
     """
     near = np.zeros(len(gone), bool)
     rows = n_permutations // n_bands
-    for band in tqdm(range(n_bands), desc="near duplicates", unit=" bands", disable=None):
+    bands = range(n_bands if len(gone) else 0)        # no file of no bytes can be mapped
+    for band in tqdm(bands, desc="near duplicates", unit=" bands", disable=None):
         keys = band_keys(file, n_permutations, band * rows, rows)
         left = np.flatnonzero(~(gone | near)).astype(np.uint32)
         left = left[np.argsort(keys[left], kind="stable")]
@@ -255,23 +256,61 @@ def write_bin(bin_file, ids_file, dtype, documents, order):
         bin_file.write(np.concatenate([gathered[i] for i in part]))
 
 
-def totals(documents):
-    """Figures of some documents, for meta.json."""
-    return {"documents": len(documents),
-            "tokens": int(documents["tokens"].sum(dtype=np.int64)),
-            "bytes": int(documents["bytes"].sum(dtype=np.int64))}
+def held_out(hashes, val_fraction):
+    """Which documents go to val.bin, by the hashes of their texts."""
+    return hashes < np.uint64(val_fraction * 2 ** 64)
 
 
-def report(inputs, documents, dropped):
+def count(documents, in_val, n_inputs):
+    """How many documents, tokens and bytes there are: (inputs, train or val, 3)."""
+    counts = np.zeros((n_inputs, 2, 3), np.int64)
+    for number, is_val in np.ndindex(n_inputs, 2):
+        some = documents[(documents["input"] == number) & (in_val == is_val)]
+        tokens = some["tokens"].sum(dtype=np.int64)
+        n_bytes = some["bytes"].sum(dtype=np.int64)
+        counts[number, is_val] = len(some), tokens, n_bytes
+    return counts
+
+
+def named(counts):
+    return dict(zip(("documents", "tokens", "bytes"), counts.tolist()))
+
+
+def report(inputs, counts, dropped):
     """{corpus: {records, documents, tokens, bytes, bytes_per_token, dropped}} for meta.json."""
     rows = {}
     for number, (corpus, _, _) in enumerate(inputs):
         reasons = {str(bad): n for (of, bad), n in dropped.items() if of == number}
-        row = totals(documents[documents["input"] == number])
+        row = named(counts[number].sum(0))
         rows[corpus] = {"records": row["documents"] + sum(reasons.values()), **row,
                         "bytes_per_token": round(row["bytes"] / max(row["tokens"], 1), 3),
                         "dropped": dict(sorted(reasons.items()))}
     return rows
+
+
+def new_meta(tok, inputs, counts, dropped, corpora, tokenizer, val_fraction, seed, **others):
+    """meta.json without the checksums, which it also prints; the last arguments are the constants.
+
+    counts: of what is kept, as of count(). SystemExit if a bin would be empty.
+    """
+    rows = report(inputs, counts, dropped)
+    train = named(counts[:, 0].sum(0))
+    val = named(counts[:, 1].sum(0))
+    print_report({**rows, "train": train, "val": val})
+    if not (train["documents"] and val["documents"]):
+        n_kept = train["documents"] + val["documents"]
+        raise SystemExit(f"{corpora}: too little text: {n_kept} documents are left, of which "
+                         f"--val_fraction={val_fraction} puts {val['documents']} into val.bin; "
+                         "both bins need one")
+    return {"format": 1,
+            "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
+            "vocab_size": tok.vocab_size,
+            "bos_id": tok.bos_id, "eos_id": tok.eos_id,
+            "dtype": tok.id_dtype,
+            "seed": seed,
+            "train": train, "val": val,
+            "corpora": rows,
+            "crc32": {}}
 
 
 def mark_duplicates(documents, signature_file, dropped):
@@ -283,7 +322,8 @@ def mark_duplicates(documents, signature_file, dropped):
     return gone | near
 
 
-def main():
+def check(val_fraction, jaccard, shingle, n_permutations, n_bands, **others):
+    """SystemExit for the first constant of a run that is out of range."""
     config.check_range(1e-6, 0.9, val_fraction=val_fraction)
     config.check_range(0.1, 1, jaccard=jaccard)
     config.check_range(1, 100, shingle=shingle)
@@ -291,6 +331,10 @@ def main():
     if n_permutations % n_bands:
         raise SystemExit(f"--n_permutations={n_permutations}: must be a multiple of "
                          f"n_bands={n_bands}")
+
+
+def main():
+    check(**constants)
     inputs = sources(corpora, TEXT)
     tok = load(tokenizer)
     n_files = sum(len(files) for _, _, files in inputs)
@@ -300,22 +344,11 @@ def main():
             tempfile.TemporaryFile(dir=data_dir) as signature_file:
         documents, dropped = collect(inputs, ids_file, signature_file)
         kept = np.ones(len(documents), bool)
-        if dedup and len(documents):
+        if dedup:
             kept = ~mark_duplicates(documents, signature_file, dropped)
-        in_val = documents["hash"] < np.uint64(val_fraction * 2 ** 64)
-        train = totals(documents[kept & ~in_val])
-        val = totals(documents[kept & in_val])
-        rows = report(inputs, documents[kept], dropped)
-        n_kept = train["documents"] + val["documents"]
-        print_report({**rows, "train": train, "val": val})
-        if not (train["documents"] and val["documents"]):
-            raise SystemExit(f"{corpora}: too little text: {n_kept} documents "
-                             f"are left, of which --val_fraction={val_fraction} puts "
-                             f"{val['documents']} into val.bin; both bins need one")
-        meta = {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
-                "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": tok.id_dtype, "seed": seed, "train": train, "val": val,
-                "corpora": rows}
+        in_val = held_out(documents["hash"], val_fraction)
+        counts = count(documents[kept], in_val[kept], len(inputs))
+        meta = new_meta(tok, inputs, counts, dropped, **constants)
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
         goes_to_val = in_val[order]
         splits = {"val": order[goes_to_val], "train": order[~goes_to_val]}
