@@ -20,7 +20,7 @@ demo: .venv/demo
 	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
 
 test: .venv/test
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n auto --maxprocesses=8 --dist=loadfile tests
 
 # The PyTorch of the Python that calls make, where that sees a card; else one pinned build, without CUDA if pip has it.
 .venv/bin/python:
@@ -35,8 +35,8 @@ test: .venv/test
 # The chat page is tested in a browser: the system's, or one that Playwright downloads, or in CI
 # Debian's. Without any, those tests are skipped; so are those of Spark without the system's Java 17.
 .venv/test: .venv/demo Makefile
-	$(PYTHON) -m pip install --quiet pytest sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow zstandard \
-	peft trl starlette uvicorn openai playwright pyspark
+	$(PYTHON) -m pip install --quiet pytest pytest-xdist sacrebleu transformers accelerate safetensors tokenizers gguf pyarrow \
+	zstandard peft trl starlette uvicorn openai playwright pyspark
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
 	echo "installing a browser for the tests of the page"; \
 	$(PYTHON) -m playwright install --only-shell chromium >/dev/null 2>&1 || \

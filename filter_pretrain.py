@@ -134,23 +134,14 @@ def draw_histogram(score, limits, measure):
 def read_corpora(part, meta):
     """The number of the corpus of each document of a bin, (documents,), counted as in meta.json.
 
-    Shards have a file each. Bins that were prepared before there were such files have none: all
-    their documents are of corpus 0.
+    Bins that were prepared before there were such files have none: all their documents are of
+    corpus 0.
     """
-    n, below = meta[part]["documents"], len(meta["corpora"])
-    names = [name for name in meta["crc32"] if re.fullmatch(rf"{part}(-\d+)?\.corpus", name)]
-    if not names:
+    n, is_its_file = meta[part]["documents"], re.compile(rf"{part}(-\d+)?\.corpus").fullmatch
+    if not any(map(is_its_file, meta["crc32"])):
         return np.zeros(n, "<u2")
-    numbers = []
-    for name in sorted(names):
-        path = f"{data_dir}/{name}"
-        length = os.path.getsize(path) // 2 if os.path.exists(path) else n
-        numbers.append(checkpoints.open_bin(path, "<u2", length, meta, MADE_BY, below))
-    numbers = np.concatenate(numbers)
-    if len(numbers) != n:
-        raise SystemExit(f"{data_dir}/{part}.corpus: of {len(numbers):,} documents, where "
-                         f"meta.json says {n:,}; run python {MADE_BY} again")
-    return numbers
+    path, below = f"{data_dir}/{part}.corpus", len(meta["corpora"])
+    return checkpoints.open_shards(path, "<u2", n, meta, MADE_BY, below)[:]
 
 
 def count(names, numbers, keep, reasons, figures):

@@ -236,7 +236,7 @@ def test_bins_of_another_preparation_are_refused(folder, filtered):
     meta = json.loads(path.read_text("utf-8"))
     meta["val"]["documents"] = 2
     path.write_text(json.dumps(meta), "utf-8")
-    with pytest.raises(SystemExit, match="val.corpus: of 1 documents, where meta.json says 2"):
+    with pytest.raises(SystemExit, match="val.corpus: 2, where meta.json says 4 bytes"):
         filtered(**LIKENESS, data_dir="other")
 
 
