@@ -345,8 +345,9 @@ def open_run(out_dir, resume, overwrite, stage, identity):
     """
     path = f"{out_dir}/last.pt"
     if not os.path.exists(path):
-        if resume:
-            print(f"{path}: not there yet, nothing to resume; starting at step 0", flush=True)
+        if resume and config.IS_MAIN:
+            print(f"--resume: there is no {path}, so this run begins at step 0; if you meant "
+                  "another run, stop and name its folder with --out_dir=", flush=True)
         return None
     if not resume and not overwrite:
         raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts beside "

@@ -31,7 +31,7 @@ checkpoint      = "out/sft/best.pt"       # the model to start from, and the ref
 tokenizer       = "data/tokenizer.model"  # the one that prepare_sft.py was given
 data_dir        = "data/dpo"              # {train,val}.{bin,mask,idx} of pairs, meta.json
 out_dir         = "out/dpo"               # last.pt, best.pt, log.csv, curve.png
-resume          = False                   # go on from out_dir/last.pt, exactly where it stopped
+resume          = False                   # go on from out_dir/last.pt exactly, if it is there
 overwrite       = False                   # start anew although out_dir holds a run
 max_seq_len     = 0                       # tokens of an example at most; 0: as the model reads
 # optimization; a step is an optimizer step

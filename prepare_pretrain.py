@@ -338,7 +338,7 @@ def main():
     inputs = sources(corpora, TEXT)
     tok = load(tokenizer)
     n_files = sum(len(files) for _, _, files in inputs)
-    print(f"{n_files} files, tokenizer {tokenizer} of {tok.vocab_size:,} pieces")
+    print(f"files: {n_files}; tokenizer {tokenizer} of {tok.vocab_size:,} pieces")
     os.makedirs(data_dir, exist_ok=True)
     with config.disk_space(data_dir), tempfile.TemporaryFile(dir=data_dir) as ids_file, \
             tempfile.TemporaryFile(dir=data_dir) as signature_file:

@@ -480,8 +480,8 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
                       f"the tokens; {trained:,} are trained",
         "step": f"{batch_rows * T:,} tokens = {batch_rows} rows of {T}, at most {rows} at a time "
                 "in each process",
-        "training": f"{steps:,} steps = {tokens:,} tokens = {steps * batch_rows / n_rows:.2f} "
-                    f"epochs of {n_rows:,} rows",
+        "training": f"steps: {steps:,}, tokens: {tokens:,}, epochs: "
+                    f"{steps * batch_rows / n_rows:.2f} (rows: {n_rows:,})",
         "memory": memory_as_text(model, rows, T, DTYPES[dtype]),
         "time": f"about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / "
                 f"(35 % of {n} x {rate:.3g} FLOP/s measured); the lines of the steps say what is "

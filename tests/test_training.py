@@ -525,7 +525,7 @@ def test_a_run_is_announced_with_its_cost(monkeypatch, capsys, world_size):
     assert all(f"{what:<11} {sentence}" in out.splitlines() for what, sentence in facts.items())
     assert f"{sum(p.numel() for p in model.parameters()):,}, of which 32,000 embed" in facts["parameters"]
     assert f"320 tokens = 10 rows of 32, at most {3 if world_size == 4 else 4} at a time" in facts["step"]
-    assert "3,000 steps = 960,000 tokens = 50.00 epochs of 600 rows" in facts["training"]
+    assert "steps: 3,000, tokens: 960,000, epochs: 50.00 (rows: 600)" in facts["training"]
     seconds = 960_000 * model.flops_per_token(32) / (0.35e10 * world_size)
     assert facts["time"].startswith(f"about {seconds:.0f} s = 9.6e+05 tokens")
     assert f"{world_size} x cpu" in facts["device"] and "products in float32" in facts["device"]
