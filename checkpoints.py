@@ -117,7 +117,7 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     for at in range(0, length, 1 << 24):
         part = data[at:at + (1 << 24)]
         crc = zlib.crc32(part, crc)
-        if below and (largest := part.max()) >= below:
+        if below is not None and (largest := part.max()) >= below:
             raise SystemExit(f"{path}: holds {largest}, and all must be below {below:,}; {again}")
     if meta["crc32"].get(os.path.basename(path), crc) != crc:
         raise SystemExit(f"{path}: damaged, its checksum is not that of meta.json; {again}")

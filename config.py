@@ -184,10 +184,11 @@ def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
 def check_output(name, path):
     """SystemExit, before the work, if no file can be written to `path`, the constant `name`."""
     try:
-        if not os.path.basename(path) or os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, "no file can have this name")
         with suppress(FileNotFoundError):
             os.lstat(path)                     # refuses names that no file can have
+        is_new = os.path.basename(path) and not os.path.lexists(path)
+        if not is_new and not os.path.isfile(path):            # a folder, /dev/null, a pipe
+            raise OSError(errno.EINVAL, "no file can have this name")
         folder = os.path.dirname(os.path.abspath(path))
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)

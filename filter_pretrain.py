@@ -207,6 +207,11 @@ def main():
         checkpoints.open_tokens(f"{data_dir}/{part}.bin", meta[part]["tokens"],
                                 meta, MADE_BY, tok.vocab_size)
         for part in ("train", "val"))
+    ends = [at + 1 + np.flatnonzero(ids == tok.eos_id) for at, ids in pieces(train)]
+    ends = np.concatenate([np.zeros(0, int), *ends])
+    if not (len(ends) == meta["train"]["documents"] > 0 and ends[-1] == len(train)):
+        raise SystemExit(f"{data_dir}/train.bin: does not hold the documents that meta.json says; "
+                         f"run python {MADE_BY} again")
     numbers, val_numbers = (read_corpora(part, meta) for part in ("train", "val"))
     names = list(meta["corpora"])
     if not any(name.endswith(".corpus") for name in meta["crc32"]):
@@ -215,9 +220,6 @@ def main():
               "one corpus, unknown")
     measure, value = scorer(tok)
 
-    ends = np.concatenate([
-        at + 1 + np.flatnonzero(ids == tok.eos_id)
-        for at, ids in pieces(train)])
     lengths = np.diff(ends, prepend=0)
     starts = ends - lengths
     total, n_bytes = np.zeros((2, len(ends)))

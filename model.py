@@ -25,6 +25,8 @@ except ImportError:
 
 IGNORE = -100                  # a target that the loss does not count
 CACHE_STEP = 128               # the visible part of the KV cache grows by so many places
+POSITIVE = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim",
+            "max_seq_len", "rope_theta")
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
@@ -56,9 +58,9 @@ class ModelConfig:
             self.head_dim = self.dim // self.n_heads
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
-        for name, value in vars(self).items():
-            if type(value) in (int, float) and value <= 0:
-                raise ValueError(f"{name} is {value} and must be above 0")
+        for name in POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)} and must be above 0")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
         if self.head_dim % 2:

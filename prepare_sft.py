@@ -302,8 +302,8 @@ def check_splits(n_train, n_val):
         raise SystemExit(f"{corpora}: no dialogue is left to train on")
     if val_fraction and not n_val:
         raise SystemExit(f"{corpora}: too few dialogues for --val_fraction={val_fraction}: none is "
-                         f"held out for validation; --val_fraction={min(0.5, 5 / n_train):.2g} "
-                         "holds out some")
+                         f"held out for validation; try --val_fraction="
+                         f"{min(0.5, 5 / n_train):.2g}, or add dialogues")
 
 
 def main():

@@ -82,7 +82,7 @@ def start(device, batch_rows=1, constants=(), offload=False):
     if device.type == "cpu" and WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_SIZE))      # torchrun's default is 1
     if batch_rows < WORLD_SIZE:
-        raise SystemExit(f"a batch of {batch_rows} rows or pairs (see --help: batch_tokens or "
+        raise SystemExit(f"a batch of {batch_rows} rows or pairs (batch_tokens / max_seq_len, or "
                          f"batch_pairs), but {WORLD_SIZE} processes need one each at least")
     process = Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
     if WORLD_SIZE > 1:

@@ -2,8 +2,7 @@
 
     python -m extras.prepare_spark --corpora=skypile:/shared/skypile --data_dir=/shared/bins
 
-Apache Spark distributes its functions: the same documents are kept and held out, in another order.
-The paths are absolute and the same on all machines. See docs/spark.md.
+Apache Spark distributes its functions; the same documents are kept. docs/spark.md has the details.
 """
 import json
 import os
@@ -168,8 +167,7 @@ def run(spark, inputs, tok, scratch):
     n_shards = 1 + meta["train"]["tokens"] // shard_tokens
     rows = documents.map(partial(placed, n_shards))
     rows = rows.repartitionAndSortWithinPartitions(1 + n_shards, itemgetter(0))
-    rows = rows.mapPartitionsWithIndex(partial(write, scratch))
-    return meta, sorted(rows.collect())
+    return meta, sorted(rows.mapPartitionsWithIndex(partial(write, scratch)).collect())
 
 
 def main():
@@ -180,8 +178,10 @@ def main():
     conf = SparkConf().setAppName("prepare_spark").setIfMissing("spark.log.level", "ERROR")
     conf.setMaster(master or conf.get("spark.master", "local[*]"))
     conf.setExecutorEnv("PYTHONPATH", os.pathsep.join(sys.path))
-    with config.only_user_of("data_dir", data_dir), SparkContext(conf=conf) as spark, \
-            interruptible(data_dir), TemporaryDirectory(dir=os.path.abspath(data_dir)) as scratch:
+    # twice, as SparkContext sets a handler of its own
+    with config.only_user_of("data_dir", data_dir), interruptible(data_dir), \
+            SparkContext(conf=conf) as spark, interruptible(data_dir), \
+            TemporaryDirectory(dir=os.path.abspath(data_dir)) as scratch:
         meta, files = run(spark, inputs, tok, scratch)
         with config.whole_file(f"{data_dir}/meta.json") as meta_file:
             for name, path, crc32 in files:
@@ -195,5 +195,5 @@ if __name__ == "__main__":
     try:
         main()
     except (errors.PySparkRuntimeError, Py4JJavaError) as error:
-        reason = re.search("SystemExit: (.*)", str(error))
-        raise SystemExit(reason[1] if reason else f"Spark (needs Java 17): {error}") from None
+        reason = re.search("SystemExit: (.*)", str(error)) or re.search("(.+)", str(error))
+        raise SystemExit(f"Spark (Java 17 or newer, --master={master}): {reason[1]}") from None

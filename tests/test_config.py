@@ -266,6 +266,9 @@ def outputs(folder):
 
 def test_an_output_that_cannot_be_written_is_refused_and_the_check_leaves_nothing(tmp_path, monkeypatch):
     bad = outputs(tmp_path)
+    if hasattr(os, "mkfifo"):                  # like /dev/null, not to be replaced by a file
+        os.mkfifo(tmp_path / "pipe")
+        bad.append(f"{tmp_path}/pipe")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for path in bad:

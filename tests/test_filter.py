@@ -240,6 +240,18 @@ def test_bins_of_another_preparation_are_refused(folder, filtered):
         filtered(**LIKENESS, data_dir="other")
 
 
+@pytest.mark.parametrize("documents", [7, 1 << 50])
+def test_a_number_of_documents_that_the_bin_does_not_hold_is_refused(folder, filtered, documents):
+    name = f"wrong_{documents}"
+    with_corpora(folder, name)
+    path = folder / name / "meta.json"
+    meta = json.loads(path.read_text("utf-8"))
+    meta["train"]["documents"] = documents
+    path.write_text(json.dumps(meta), "utf-8")
+    with pytest.raises(SystemExit, match="does not hold the documents that meta.json says"):
+        filtered(**LIKENESS, data_dir=name)
+
+
 def test_likeness_tells_noise_from_stories(folder, tok, filtered):
     filtered(**LIKENESS, drop_low=0.25, drop_high=0.0)
     kept = documents(folder / "out/train.bin", tok)

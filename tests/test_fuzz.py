@@ -456,12 +456,12 @@ def any_dialogue(rng, folder, toks):
 class Pool:
     """ProcessPoolExecutor without processes: what goes to a worker is pickled all the same."""
 
-    def __init__(self, n_workers, context, start, begin_and_arguments):
-        begin, arguments = begin_and_arguments
+    def __init__(self, n_workers, context, start, how):
+        readers.stopped, begin, arguments = how
         begin(*arguments)
 
-    def submit(self, function, item):
-        result = function(pickle.loads(pickle.dumps(item)))
+    def submit(self, outer, function, item):
+        result = outer(function, pickle.loads(pickle.dumps(item)))
         return SimpleNamespace(result=lambda: result)
 
     def shutdown(self, **_):

@@ -532,7 +532,7 @@ def test_pairs_are_two_examples_with_the_same_prompt_in_one_split(tok, tmp_path)
         ("--augment=2", "between 0 and 1"),
         ("--augment_delete=0.6 --augment_repeat=0.6", "not be over 1"),
         ("--min_answer=0", "at least 1"),
-        ("--corpora=alpaca:few.jsonl", "none is held out for validation; --val_fraction=0.5 "),
+        ("--corpora=alpaca:few.jsonl", "none is held out for validation; try --val_fraction=0.5"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tok, tmp_path, option, sentence):

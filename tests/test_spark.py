@@ -300,5 +300,5 @@ def test_what_is_missing_ends_in_one_sentence(corpus, environment):
     assert done.rc == 1 and done.err.strip().endswith("pip install pyspark")
     hide = "import os; os.environ['JAVA_HOME'] = '/nowhere'"
     done = run("extras.prepare_spark", folder, *arguments, "--data_dir=x", code=hide)
-    assert done.rc == 1 and "needs Java 17" in done.err and "Traceback" not in done.err
+    assert done.rc == 1 and "(Java 17 or newer, --master=)" in done.err and "Traceback" not in done.err
     assert not (folder / "x").exists()

@@ -417,7 +417,7 @@ def test_an_overflow_in_float16_skips_the_step_lowers_the_scale_and_is_counted(t
 
 def test_a_poisoned_float16_run_ends_with_a_sentence_instead_of_skipping_for_ever(train, monkeypatch):
     real = Model.loss
-    monkeypatch.setattr(Model, "loss", lambda self, h, y: real(self, h, y) * math.nan)
+    monkeypatch.setattr(Model, "loss", lambda self, h, y, per_token: real(self, h, y) * math.nan)
     with pytest.raises(SystemExit, match="step [0-9]+: the loss is nan"):
         train(pretrain, "a", dtype="float16", max_steps=500, eval_interval=500, batch_tokens=2 * 32)
 
