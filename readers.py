@@ -452,20 +452,20 @@ def in_order(function, items, n_workers, begin, *arguments):
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")    # the same everywhere, and safe with threads
-    pool = ProcessPoolExecutor(n_workers, context, start_worker, (begin, arguments))
+    stop = context.Event()
+    pool = ProcessPoolExecutor(n_workers, context, start_worker, (stop, begin, arguments))
     waiting = deque()
     try:
         for item in items:
             with postponing():                        # it starts workers, one after the other
-                waiting.append(pool.submit(function, item))
+                waiting.append(pool.submit(unless_stopped, function, item))
             if len(waiting) > 2 * n_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except (KeyboardInterrupt, GeneratorExit):            # nobody wants the rest
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
+        stop.set()                # a worker that is killed may leave half a result, and the pool
+        raise                     # would wait for the other half
     except BrokenProcessPool:
         raise SystemExit("a worker process died, most likely for want of memory; try a smaller "
                          f"--workers (it was {n_workers})") from None
@@ -496,8 +496,14 @@ def postponing():
         raise KeyboardInterrupt
 
 
-def start_worker(begin, arguments):
+def unless_stopped(function, item):
+    return None if stopped.is_set() else function(item)
+
+
+def start_worker(stop, begin, arguments):
     """Prepare a worker, which ends when the main process is killed."""
+    global stopped
+    stopped = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # not inherited on Windows
     main_process = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
