@@ -14,13 +14,14 @@ that only prepare text start at once.
 """
 import difflib
 import errno
+import json
 import math
 import os
 import re
 import sys
 import tempfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 # PyTorch's threads on a CPU wait for each other in a loop, which on a machine that also does
 # something else takes the time that the others need. This ends the loop soon; it is read when
@@ -272,6 +273,23 @@ class Checksum:
     def write(self, data):
         self.crc32 = zlib.crc32(data, self.crc32)
         self.file.write(data)
+
+
+@contextmanager
+def whole_bins(folder, names, meta):
+    """Open files of a folder of bins, {name: Checksum}; meta goes to meta.json, with their sums.
+
+    meta.json is opened first and gets its name last: it proves that the other files are whole.
+    """
+    with ExitStack() as stack:
+        meta_file = stack.enter_context(whole_file(f"{folder}/meta.json"))
+        files = {}
+        for name in names:
+            file = whole_file(f"{folder}/{name}", "wb")
+            files[name] = Checksum(stack.enter_context(file))
+        yield files
+        meta["crc32"] = {name: file.crc32 for name, file in files.items()}
+        json.dump(meta, meta_file, ensure_ascii=False, indent=1)
 
 
 @contextmanager

@@ -16,11 +16,8 @@ documents printed from both ends, at scores.png, and at what each corpus lost, b
 the result.
 """
 import config                                  # before torch: sets how its threads wait
-import json
 import math
 import os
-import re
-from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -131,16 +128,21 @@ def draw_histogram(score, limits, measure):
     pyplot.close()
 
 
+def names_corpora(meta):
+    """Whether the corpus of each document is known."""
+    return any(name.endswith(".corpus") for name in meta["crc32"])
+
+
 def read_corpora(part, meta):
     """The number of the corpus of each document of a bin, (documents,), counted as in meta.json.
 
     Bins that were prepared before there were such files have none: all their documents are of
     corpus 0.
     """
-    n, is_its_file = meta[part]["documents"], re.compile(rf"{part}(-\d+)?\.corpus").fullmatch
-    if not any(map(is_its_file, meta["crc32"])):
+    n, below = meta[part]["documents"], len(meta["corpora"])
+    if not names_corpora(meta):
         return np.zeros(n, "<u2")
-    path, below = f"{data_dir}/{part}.corpus", len(meta["corpora"])
+    path = f"{data_dir}/{part}.corpus"
     return checkpoints.open_shards(path, "<u2", n, meta, MADE_BY, below)[:]
 
 
@@ -177,19 +179,13 @@ def print_table(rows):
 
 def write(documents, numbers, val, val_numbers, meta):
     """The five files; meta.json takes its name last."""
-    with ExitStack() as stack:
-        meta_file = stack.enter_context(config.whole_file(f"{out_dir}/meta.json"))
-        files = {}
-        for name in "val.corpus", "val.bin", "train.corpus", "train.bin":
-            file = config.whole_file(f"{out_dir}/{name}", "wb")
-            files[name] = config.Checksum(stack.enter_context(file))
+    names = "val.corpus", "val.bin", "train.corpus", "train.bin"
+    with config.whole_bins(out_dir, names, meta) as files:
         files["val.bin"].write(val)
         files["val.corpus"].write(val_numbers)
         files["train.corpus"].write(numbers)
         for ids in documents:
             files["train.bin"].write(ids)
-        meta["crc32"] = {name: file.crc32 for name, file in files.items()}
-        json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote {', '.join(files)} and meta.json to {out_dir}")
 
 
@@ -214,7 +210,7 @@ def main():
                          f"run python {MADE_BY} again")
     numbers, val_numbers = (read_corpora(part, meta) for part in ("train", "val"))
     names = list(meta["corpora"])
-    if not any(name.endswith(".corpus") for name in meta["crc32"]):
+    if not names_corpora(meta):
         names = ["unknown"]
         print(f"{data_dir}: prepared before train.corpus was written; all documents are counted as "
               "one corpus, unknown")

@@ -370,7 +370,8 @@ class Model(nn.Module):
             return ChunkedLoss.apply(h, weight, y, rows, self.nats)
         parts = []
         for hs, ys in zip(h.split(rows), y.split(rows)):
-            part = checkpoint(self.nats, hs, weight, ys, "none", use_reentrant=False)
+            part = checkpoint(self.nats, hs, weight, ys, "none", use_reentrant=False,
+                              preserve_rng_state=False)        # nothing is random in it
             parts.append(part)
         nats = torch.cat(parts)
         return nats if per_token else nats.sum()

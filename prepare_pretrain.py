@@ -14,11 +14,10 @@ train.corpus and val.corpus beside the bins tell where their documents are from:
 each, the place of its corpus among the "corpora" of meta.json. filter_pretrain.py counts by them.
 """
 import hashlib
-import json
 import os
 import tempfile
 from collections import Counter
-from contextlib import ExitStack, closing
+from contextlib import closing
 
 import numpy as np
 from tqdm import tqdm
@@ -352,18 +351,11 @@ def main():
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
         goes_to_val = in_val[order]
         splits = {"val": order[goes_to_val], "train": order[~goes_to_val]}
-        with ExitStack() as stack:
-            # Opened first and renamed last: meta.json proves that the other files are whole
-            meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
-            files = {}
-            for name in "val.corpus", "val.bin", "train.corpus", "train.bin":
-                file = config.whole_file(f"{data_dir}/{name}", "wb")
-                files[name] = config.Checksum(stack.enter_context(file))
+        names = "val.corpus", "val.bin", "train.corpus", "train.bin"
+        with config.whole_bins(data_dir, names, meta) as files:
             for split, chosen in splits.items():
                 write_bin(files[f"{split}.bin"], ids_file, tok.id_dtype, documents, chosen)
                 files[f"{split}.corpus"].write(documents["input"][chosen])
-            meta["crc32"] = {name: file.crc32 for name, file in files.items()}
-            json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print(f"wrote train.bin, val.bin and meta.json to {data_dir}")
 
 

@@ -26,7 +26,7 @@ import os
 import random
 import sys
 from collections import Counter
-from contextlib import ExitStack, closing
+from contextlib import closing
 
 import numpy as np
 
@@ -322,13 +322,12 @@ def main():
     figures = dict.fromkeys(names, 0)
     by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}
     splits = {split: dict(figures) for split in ("train", "val", "test")}
-    with ExitStack() as stack:
-        # Opened first and renamed last: meta.json proves that the other files are whole
-        meta_file = stack.enter_context(config.whole_file(f"{data_dir}/meta.json"))
-        files = {}
-        for name in FILES:
-            file = config.whole_file(f"{data_dir}/{name}", "wb")
-            files[name] = config.Checksum(stack.enter_context(file))
+    # the rows of splits and by_corpus are filled in below
+    meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
+            "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
+            "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus,
+            "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
+    with config.whole_bins(data_dir, FILES, meta) as files:
         results = in_order(examples, batches(inputs, TABLE, "preparing"),
                            workers or os.cpu_count(), begin, tokenizer, sharing_a_question(inputs))
         with closing(results):
@@ -337,12 +336,6 @@ def main():
             row["dropped"] = {str(bad): n for bad, n in row["dropped"].items()}
         print_figures({**by_corpus, **splits})
         check_splits(splits["train"]["examples"], splits["val"]["examples"])
-        meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
-                "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus,
-                "crc32": {name: file.crc32 for name, file in files.items()},
-                "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
-        json.dump(meta, meta_file, ensure_ascii=False, indent=1)
     print_examples(tok, shown)
     print(f"\nwrote {data_dir}")
 

@@ -278,6 +278,17 @@ def test_a_worker_that_dies_ends_in_one_sentence_and_ctrl_c_works_again():
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_workers_in_the_middle_of_a_large_result_end_when_nobody_wants_it():
+    code = ("import itertools, readers\n"
+            "for _ in range(3):\n"
+            "    results = readers.in_order(bytes, itertools.repeat(30_000_000), 2, int)\n"
+            "    print(len(next(results)))\n"
+            "    results.close()\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout.split() == ["30000000"] * 3 and not done.returncode
+
+
 def test_pieces_are_cut_behind_line_feeds_where_there_are_any():
     assert list(cleaning.pieces("一二\n三四五\n六", 4)) == ["一二\n", "三四五\n", "六"]
     assert list(cleaning.pieces("一二三四五六七八九", 4)) == ["一二三四", "五六七八", "九"]
