@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import zlib
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"           # read when torch is imported: the tests share the machine, and sums agree
+# a shell lets what it starts in the background ignore Ctrl-C, and the scripts under test would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WHO, WHERE = "小猫 小狗 老师 妈妈 弟弟 月亮 大象 船长".split(), "河边 学校 山上 花园 家里 海上".split()
 DID = "看见了一朵花 唱了一首歌 做了一个梦 丢了三块钱 找到了朋友 喝了一杯热茶".split()
