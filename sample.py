@@ -70,6 +70,8 @@ def chat(model, tok, generator):
     while True:
         try:
             question = input("> ").strip()
+            if not sys.stdin.isatty():             # nobody has typed it: show it
+                print(question)
             interrupted = False
             if question == "/new":
                 messages = []

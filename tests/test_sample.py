@@ -292,6 +292,7 @@ def test_the_script_chats_through_stdin_and_ends_with_it(checkpoints, tmp_path):
     )
     assert done.rc == 0
     assert "Traceback" not in done.err
+    assert done.out.startswith("> 你好！\n") and "> 你是谁？\n" in done.out
     assert done.out.count("> ") == 3
     assert done.err.count("tokens/s") == 2
 
