@@ -27,7 +27,7 @@ import runtime                                                                 #
 from conftest import (                                                         # noqa: E402
     dialogue, story, train_tokenizer, write_pairs, write_pretrain, write_sft)
 
-kills = 9      # in all, over the kinds of run below; half as many of preparing in a soak
+kills = 9      # of training, over the kinds of run below; in a soak as many of preparing
 seed  = 1      # of the moments and the signals
 config.override(globals())
 
@@ -377,4 +377,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         soak(Path(folder), kills, seed)
-        soak_preparing(Path(folder), kills // 2, seed)
+        soak_preparing(Path(folder), kills, seed)
