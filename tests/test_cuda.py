@@ -28,7 +28,8 @@ def batch(B=4, T=128, vocab_size=1000):
     x, y = (torch.randint(vocab_size, (B, T), generator=random) for _ in range(2))
     y[torch.rand(B, T, generator=random) < 0.3] = IGNORE
     cuts = torch.randint(1, B * T, (10,), generator=random)
-    return x, y, torch.unique(torch.cat((torch.arange(0, B * T + 1, T), cuts))).int()
+    starts = torch.unique(torch.cat((torch.arange(0, B * T + 1, T), cuts)))
+    return x, y, starts.int()
 
 
 def loss_and_gradients(model, x, y, starts, dtype):
@@ -39,7 +40,37 @@ def loss_and_gradients(model, x, y, starts, dtype):
         packed = model.has_packed_attention(dtype)
         loss = model(x, y, starts)
     (loss / (y != IGNORE).sum()).backward()
-    return loss.item(), torch.cat([p.grad.float().cpu().flatten() for p in model.parameters()]), packed
+    gradients = [p.grad.float().cpu().flatten() for p in model.parameters()]
+    return loss.item(), torch.cat(gradients), packed
+
+
+def is_ampere_or_newer():
+    """These cards compute in bfloat16 and have FlashAttention."""
+    major, _ = torch.cuda.get_device_capability()
+    return major >= 8
+
+
+def pretrain(folder, settings, *arguments, torchrun=0):
+    """Run pretrain.py with the dict of settings; returns the losses that it logs in folder."""
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags += [f"--out_dir={folder}", *arguments]
+    done = conftest.run("pretrain.py", folder.parent, *flags, torchrun=torchrun, timeout=400)
+    assert done.rc == 0, done.err[-2000:]
+    with open(folder / "log.csv", encoding="utf-8") as f:
+        return [float(row["loss"]) for row in csv.DictReader(f)]
+
+
+@pytest.fixture
+def settings(tok, pretrain_dir):
+    return dict(
+        tokenizer=tok.name,
+        data_dir=pretrain_dir,
+        dim=64,
+        n_layers=2,
+        n_heads=2,
+        max_seq_len=64,
+        batch_tokens=512,
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -47,49 +78,58 @@ def loss_and_gradients(model, x, y, starts, dtype):
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 def test_loss_and_gradients_of_packed_documents_are_those_of_the_cpu(dtype, n_kv_heads, compiled):
     """On cards from Ampere on by FlashAttention in half precision, else by the dense mask."""
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] < 8:
+    if dtype == torch.bfloat16 and not is_ampere_or_newer():
         pytest.skip("no bfloat16 on this card")
     torch._dynamo.reset()
     torch.set_float32_matmul_precision("highest")
-    expected, gradients, _ = loss_and_gradients(network(n_kv_heads=n_kv_heads), *batch(), torch.float32)
+    model = network(n_kv_heads=n_kv_heads)
+    expected, gradients, _ = loss_and_gradients(model, *batch(), torch.float32)
     model = network(n_kv_heads=n_kv_heads).cuda()
     if compiled:
         model.compile()
-    loss, ours, packed = loss_and_gradients(model, *(t.cuda() for t in batch()), dtype)
-    if dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8 and torch.version.hip is None:
+    on_card = (t.cuda() for t in batch())
+    loss, ours, packed = loss_and_gradients(model, *on_card, dtype)
+    is_half = dtype != torch.float32
+    if is_half and is_ampere_or_newer() and torch.version.hip is None:
         assert packed == ("window_size" in VARLEN)
-    assert loss == pytest.approx(expected, rel=1e-3)   # without the mask of documents the gradients differ by 0.86
-    assert (ours - gradients).norm() < (0.1 if dtype != torch.float32 else 1e-3) * gradients.norm()
+    assert loss == pytest.approx(expected, rel=1e-3)
+    # without the mask of documents the gradients would differ by 0.86
+    assert (ours - gradients).norm() < (0.1 if is_half else 1e-3) * gradients.norm()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_training_resumes_to_the_same_losses(tok, pretrain_dir, tmp_path, dtype):
-    if dtype == "bfloat16" and torch.cuda.get_device_capability()[0] < 8:
+def test_training_resumes_to_the_same_losses(settings, tmp_path, dtype):
+    if dtype == "bfloat16" and not is_ampere_or_newer():
         pytest.skip("no bfloat16 on this card")
-    settings = [f"--tokenizer={tok.name}", f"--data_dir={pretrain_dir}", f"--dtype={dtype}", "--device=cuda", "--dim=64",
-                "--n_layers=2", "--n_heads=2", "--max_seq_len=64", "--batch_tokens=512", "--eval_interval=4",
-                "--max_steps=8", "--lr_min=1.0", "--warmup=0.0", "--sample_prompts=从前"]
-    for arguments in (["--out_dir=whole"], ["--out_dir=halves", "--max_steps=4"], ["--out_dir=halves", "--resume"]):
-        done = conftest.run("pretrain.py", tmp_path, *settings, *arguments, timeout=400)
-        assert done.rc == 0, done.err[-2000:]
-    logs = [list(csv.DictReader(open(tmp_path / name / "log.csv", encoding="utf-8"))) for name in ("whole", "halves")]
-    assert len(logs[0]) == len(logs[1]) == 8
-    for one, two in zip(*logs):                # atomics in the backward of the embedding round in any order
-        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=2e-3)
-    assert float(logs[0][-1]["loss"]) < float(logs[0][0]["loss"])
+    settings.update(dtype=dtype, device="cuda", sample_prompts="从前")
+    settings.update(eval_interval=4, max_steps=8, lr_min=1.0, warmup=0.0)
+    whole = pretrain(tmp_path / "whole", settings)
+    pretrain(tmp_path / "halves", settings, "--max_steps=4")
+    halves = pretrain(tmp_path / "halves", settings, "--resume")
+    assert len(whole) == len(halves) == 8
+    # atomics in the backward pass of the embedding add up in any order
+    assert whole == pytest.approx(halves, rel=2e-3)
+    assert whole[-1] < whole[0]
 
 
-@pytest.mark.parametrize("dim, n_layers, T, rows", [(512, 8, 512, 16), (768, 6, 1024, 8)])
+@pytest.mark.parametrize(
+    "dim, n_layers, T, rows",
+    [
+        (512, 8, 512, 16),
+        (768, 6, 1024, 8),
+    ],
+)
 def test_the_estimate_of_memory_is_right_within_15_percent(dim, n_layers, T, rows):
     torch._dynamo.reset()
-    model = Model(ModelConfig(16_384, dim, n_layers, dim // 128, max_seq_len=T, qk_norm=True)).cuda()
+    shape = dim, n_layers, dim // 128
+    model = Model(ModelConfig(16_384, *shape, max_seq_len=T, qk_norm=True)).cuda()
     model.compile()
     name, autocast, _ = runtime.precision(torch.device("cuda", 0), "auto")
     optimizers = make_optimizers(model, 1e-3, 1e-3, 0.1, name)
     x, y, starts = (t.cuda() for t in batch(rows, T, 16_384))
     for _ in range(3):
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):                     # gradients of a first round are there in the second
+        for _ in range(2):  # the second round finds the gradients of the first
             with autocast:
                 loss = model(x, y, starts)
             (loss / x.numel()).backward()
@@ -103,30 +143,42 @@ def test_the_estimate_of_memory_is_right_within_15_percent(dim, n_layers, T, row
 def test_generation_is_that_of_the_cpu():
     torch.set_float32_matmul_precision("highest")
     prompts = [[5, 6, 7], [8], [9] * 20]
-    answers = [list(generate(network().to(where), prompts, 30, temperature=0)) for where in ("cpu", "cuda")]
-    assert answers[0] == answers[1]
+    on_cpu, on_card = (
+        list(generate(network().to(where), prompts, 30, temperature=0))
+        for where in ("cpu", "cuda")
+    )
+    assert on_cpu == on_card
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="torch.compile needs Triton there")
+has_triton = importlib.util.find_spec("triton")
+
+
+@pytest.mark.skipif(not has_triton, reason="torch.compile needs Triton there")
 def test_compiled_generation_is_that_without(capfd):
     """Also in a second answer, whose caches lie elsewhere; and it does run as a CUDA graph."""
-    model, prompts = network().cuda(), [[5, 6, 7], [8]]
+    model = network().cuda()
+    prompts = [[5, 6, 7], [8]]
     expected = list(generate(model, prompts, 30, temperature=0))
     model.compile_generation()
-    assert [list(generate(model, prompts, 30, temperature=0)) for _ in range(2)] == [expected] * 2
+    for _ in range(2):
+        assert list(generate(model, prompts, 30, temperature=0)) == expected
     assert "skipping cudagraphs" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("processes, how", [(2, []), (0, ["--shard=full", "--offload"])], ids=["two", "offload"])
-def test_two_cards_and_one_that_offloads_have_the_losses_of_one(tok, pretrain_dir, tmp_path, processes, how):
+@pytest.mark.parametrize(
+    "processes, how",
+    [
+        (2, []),
+        (0, ["--shard=full", "--offload"]),
+    ],
+    ids=["two", "offload"],
+)
+def test_two_cards_and_one_that_offloads_have_the_losses_of_one(
+    settings, tmp_path, processes, how
+):
     if torch.cuda.device_count() < processes:
         pytest.skip("one CUDA device")
-    settings = [f"--tokenizer={tok.name}", f"--data_dir={pretrain_dir}", "--dim=64", "--n_layers=2", "--n_heads=2",
-                "--max_seq_len=64", "--batch_tokens=512", "--max_steps=6", "--sample_prompts="]
-    losses = []
-    for n, name, options in ((0, "one", []), (processes, "other", how)):
-        done = conftest.run("pretrain.py", tmp_path, *settings, *options, f"--out_dir={name}", torchrun=n, timeout=400)
-        assert done.rc == 0, done.err[-2000:]
-        with open(tmp_path / name / "log.csv", encoding="utf-8") as f:
-            losses.append([float(row["loss"]) for row in csv.DictReader(f)])
-    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    settings.update(max_steps=6, sample_prompts="")
+    one = pretrain(tmp_path / "one", settings)
+    other = pretrain(tmp_path / "other", settings, *how, torchrun=processes)
+    assert one == pytest.approx(other, rel=5e-3)
