@@ -1,4 +1,4 @@
-"""Readers, data sets, cleaning, quality: no input is lost uncounted, ordinary text stays the same."""
+"""Readers, data sets, cleaning, quality: no input is lost uncounted, ordinary text is kept."""
 import bz2
 import gzip
 import itertools
