@@ -1,4 +1,7 @@
-"""extras/bench.py: that it measures what training does, and writes all of it down. How fast that is, no test can say."""
+"""extras/bench.py measures what training does and writes all of it down.
+
+How fast that is, no test can say.
+"""
 import json
 import math
 import random
@@ -25,10 +28,21 @@ def measured(tmp_path_factory):
     train_tokenizer(folder / "our.model", 400)
     rng = random.Random(4)
     with open(folder / "text.jsonl", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps({"text": story(rng, 9)}, ensure_ascii=False) + "\n" for _ in range(300))
-    constants = dict(SHAPE, micro_batch=3, batch_tokens=1440, new_tokens=6, repeats=1, device="cpu", dtype="float32",
-                     compile="off", tokenizer="our.model", corpora="text:text.jsonl", text_bytes=50_000,
-                     out="bench.json")
+        for _ in range(300):
+            f.write(json.dumps({"text": story(rng, 9)}, ensure_ascii=False) + "\n")
+    constants = dict(
+        SHAPE,
+        micro_batch=3,
+        batch_tokens=1440,
+        new_tokens=6,
+        repeats=1,
+        device="cpu",
+        dtype="float32",
+        compile="off",
+        tokenizer="our.model",
+        corpora="text:text.jsonl",
+        text_bytes=50_000,
+        out="bench.json")
     done = run("extras.bench", folder, *(f"--{name}={value}" for name, value in constants.items()))
     assert done.rc == 0, done.err
     return json.loads((folder / "bench.json").read_text("utf-8")), done.out
@@ -41,24 +55,29 @@ def values(measured, what):
 
 def test_every_figure_is_there_and_possible(measured):
     written, printed = measured
-    assert {row["part"] for row in written["results"]} == {"training", "generation", "preparation", "checkpoints"}
-    assert len(written["results"]) > 20 and written["machine"]["torch"] == torch.__version__
+    parts = {row["part"] for row in written["results"]}
+    assert parts == {"training", "generation", "preparation", "checkpoints"}
+    assert len(written["results"]) > 20
+    assert written["machine"]["torch"] == torch.__version__
     for row in written["results"]:
-        if row["what"] != "of this: removing duplicates":                 # a difference of two times: any sign
+        if row["what"] != "of this: removing duplicates":  # a difference of times: any sign
             assert 0 < row["low"] <= row["median"] <= row["high"] < math.inf, row
         assert f"| {row['what']} | {row['unit']} |" in printed
     for B in 1, 16:
-        for context in "8 to 14", "42 to 48":                             # the long one ends where the context does
+        for context in "8 to 14", "42 to 48":  # the long one ends where the context does
             assert len(values(measured, f"generation, batch {B}, context {context}")) == 1
 
 
 def test_the_flops_are_those_that_pytorch_counts(measured):
     model = Model(ModelConfig(**SHAPE, qk_norm=True))
     x = torch.randint(0, SHAPE["vocab_size"], (2, SHAPE["max_seq_len"]))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):      # attention as plain products
+    # SDPBackend.MATH computes attention as plain products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(x, x).backward()
-    counted = {str(op).split(".")[1]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    assert counted.keys() == {"mm", "bmm"}                                # bmm: attention, of which causal needs half
+    counts = counter.get_flop_counts()["Global"]
+    counted = {str(op).split(".")[1]: flops for op, flops in counts.items()}
+    # bmm is attention, of which a causal one needs half
+    assert counted.keys() == {"mm", "bmm"}
     expected = (counted["mm"] + counted["bmm"] / 2) / x.numel() / 1e6
     assert values(measured, "training, FLOPs per token") == pytest.approx(expected, rel=1e-6)
 
@@ -69,31 +88,40 @@ def test_the_figures_of_training_fit_each_other(measured):
     share = values(measured, "training, share of the peak (MFU)")
     assert values(measured, "training") * flops / peak == pytest.approx(share / 100)
     weights = Model(ModelConfig(**SHAPE)).n_params()
-    held = 4 * 4 * weights / 2 ** 30                                      # weights, gradients, two moments
+    held = 4 * 4 * weights / 2 ** 30  # weights, gradients, two moments
     assert held < values(measured, "training, peak memory") < held + 0.5
 
 
 def test_the_steps_are_those_of_pretrain_with_the_constants_of_the_bench(tmp_path, monkeypatch):
-    """Every shape and round that the network gets is written down by a network in its place."""
+    """A network in the model's place notes the shape of each batch that it is given."""
     seen = []
 
     class Watched(Model):
         def forward(self, x, y, cu_seqlens):
             seen.append((x.shape, cu_seqlens is not None, self.config.dim))
             return super().forward(x, y, cu_seqlens)
-    for name, value in dict(SHAPE, batch_tokens=48 * 10, micro_batch=4, repeats=2, device="cpu", dtype="float32",
-                            compile="off", clocks=[]).items():
+    constants = dict(
+        SHAPE,
+        batch_tokens=48 * 10,
+        micro_batch=4,
+        repeats=2,
+        device="cpu",
+        dtype="float32",
+        compile="off",
+        clocks=[])
+    for name, value in constants.items():
         monkeypatch.setattr(bench, name, value)
         if name in bench.constants:
             monkeypatch.setitem(bench.constants, name, value)
     monkeypatch.setattr(pretrain, "Model", Watched)
-    for name, value in vars(pretrain).copy().items():                     # to have all of it back
+    for name, value in vars(pretrain).copy().items():  # so that all of it is restored afterwards
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(checkpoints, "Run", checkpoints.Run)
     figures = {what: values for what, _, values in bench.training()}
-    assert [shape for shape, *_ in seen[:3]] == [(4, 48), (4, 48), (2, 48)] and len(seen) == 3 * 4
+    assert [shape for shape, *_ in seen[:3]] == [(4, 48), (4, 48), (2, 48)]
+    assert len(seen) == 3 * 4
     assert all(masked and dim == SHAPE["dim"] for _, masked, dim in seen)
-    assert len(figures["training"]) == 2                                  # the first two steps warm up
+    assert len(figures["training"]) == 2  # the first two steps warm up
 
 
 @pytest.mark.parametrize("part, name, value, says", [
@@ -102,7 +130,8 @@ def test_the_steps_are_those_of_pretrain_with_the_constants_of_the_bench(tmp_pat
     ("main", "corpora", "text:nowhere.jsonl", "nowhere.jsonl"),
     ("main", "out", ".", "--out='.': cannot be written"),
     ("training", "dim", 63, r"n_heads \(4\) must divide dim \(63\)"),
-    ("generation", "max_seq_len", 64, r"new_tokens \(64\) together are more than max_seq_len \(64\)")])
+    ("generation", "max_seq_len", 64,
+     r"new_tokens \(64\) together are more than max_seq_len \(64\)")])
 def test_mistakes_end_in_a_sentence(monkeypatch, part, name, value, says):
     monkeypatch.setattr(bench, name, value)
     with pytest.raises(SystemExit, match=says):

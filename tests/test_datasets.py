@@ -9,34 +9,64 @@ from corpora import CHAT, PREFERENCE, TEXT, Bad
 
 SECTIONS = [{"title": "作者", "content": "曹雪芹。"}, None]
 RECORDS = {
-    "wikipedia_cn": ({"completion": "正文", "source": "wikipedia.zh2307"}, "正文"),
+    "wikipedia_cn": (
+        {"completion": "正文", "source": "wikipedia.zh2307"},
+        "正文"),
     "baidubaike": (
         {"title": "红楼梦", "summary": "长篇小说。", "sections": SECTIONS, "tags": [], "url": ""},
         "红楼梦\n长篇小说。\n作者\n曹雪芹。"),
-    "c4_zh": ({"text": "正文", "timestamp": "", "url": ""}, "正文"),
-    "c4_en": ({"text": "a text"}, "a text"),
-    "dolma": ({"id": "1", "text": "a text", "source": "x"}, "a text"),
-    "wudao": ({"id": 1, "title": "标题", "content": "正文"}, "标题\n正文"),
-    "medical": ({"text": "正文"}, "正文"),
-    "medical_qa": ({"instruction": "问", "input": "", "output": "答"}, "问\n答"),
-    "tiny_stories_zh": ({"story": "Once", "story_zh": "从前"}, "从前"),
+    "c4_zh": (
+        {"text": "正文", "timestamp": "", "url": ""},
+        "正文"),
+    "c4_en": (
+        {"text": "a text"},
+        "a text"),
+    "dolma": (
+        {"id": "1", "text": "a text", "source": "x"},
+        "a text"),
+    "wudao": (
+        {"id": 1, "title": "标题", "content": "正文"},
+        "标题\n正文"),
+    "medical": (
+        {"text": "正文"},
+        "正文"),
+    "medical_qa": (
+        {"instruction": "问", "input": "", "output": "答"},
+        "问\n答"),
+    "tiny_stories_zh": (
+        {"story": "Once", "story_zh": "从前"},
+        "从前"),
     "webtext2019zh": (
         {"title": "问题", "desc": "问题补充", "topic": "t", "star": 3, "content": "答案"},
         "问题补充\n答案"),
-    "baike_qa2019": ({"category": "c", "title": "问题", "desc": "", "answer": "答案"}, "问题\n答案"),
+    "baike_qa2019": (
+        {"category": "c", "title": "问题", "desc": "", "answer": "答案"},
+        "问题\n答案"),
     "zhihu_kol": (
-        {"INSTRUCTION": "问", "RESPONSE": "答", "SOURCE": "Zhihu", "METADATA": "{}"}, "问\n答"),
+        {"INSTRUCTION": "问", "RESPONSE": "答", "SOURCE": "Zhihu", "METADATA": "{}"},
+        "问\n答"),
     "clue_small": ("正文", "正文"),
     "mnbvc": (
-        {"文件名": "a", "段落": [{"行号": 1, "内容": "一"}, {"行号": 2, "内容": "二"}]}, "一\n二"),
+        {"文件名": "a", "段落": [{"行号": 1, "内容": "一"}, {"行号": 2, "内容": "二"}]},
+        "一\n二"),
     "txt_line": ("正文", "正文"),
     "txt_blank": ("正文", "正文"),
     "txt_file": ("正文", "正文"),
-    "skypile": ({"text": "正文"}, "正文"),
-    "fineweb_edu_zh": ({"text": "正文", "score": 0.9, "source": "x"}, "正文"),
-    "minimind": ({"text": "正文"}, "正文"),
-    "cci3": ({"id": "1", "text": "正文", "score": 3.1}, "正文"),
-    "text": ({"title": "静夜思", "author": "李白", "text": "床前明月光"}, "静夜思\n李白\n床前明月光")}
+    "skypile": (
+        {"text": "正文"},
+        "正文"),
+    "fineweb_edu_zh": (
+        {"text": "正文", "score": 0.9, "source": "x"},
+        "正文"),
+    "minimind": (
+        {"text": "正文"},
+        "正文"),
+    "cci3": (
+        {"id": "1", "text": "正文", "score": 3.1},
+        "正文"),
+    "text": (
+        {"title": "静夜思", "author": "李白", "text": "床前明月光"},
+        "静夜思\n李白\n床前明月光")}
 
 
 def test_every_text_data_set_in_its_own_schema():
@@ -175,7 +205,8 @@ DIALOGUES = [
      {"conversations": [said("human", "一"), said("gpt", "二")]},
      talk("一", "二")),
     ("sharegpt",
-     {"conversations": [turn("client", "一"), turn("counselor", "二"), turn("client", "三")]},
+     {"conversations": [
+         turn("client", "一"), turn("counselor", "二"), turn("client", "三")]},
      talk("一", "二")),
     ("sharegpt",
      [turn("client", "一"), turn("counselor", "二")],
@@ -187,18 +218,23 @@ DIALOGUES = [
      {"messages": [system("简短"), user("一"), assistant("二")]},
      talk("一", "二", system="简短")),
     ("messages",
-     {"system": "简短", "messages": [system("简短"), system("礼貌"), user("一"), assistant("二")]},
+     {"system": "简短",
+      "messages": [system("简短"), system("礼貌"), user("一"), assistant("二")]},
      talk("一", "二", system="简短\n礼貌")),
     # an answer before the first question, an empty text of the system, OpenAI's parts
     ("sharegpt",
      {"conversations": [said("gpt", "零"), said("human", "一"), said("gpt", "二")]},
      talk("一", "二")),
     ("sharegpt",
-     {"system": "", "conversations": [said("system", " "), said("human", "一"), said("gpt", "二")]},
+     {"system": "",
+      "conversations": [said("system", " "), said("human", "一"), said("gpt", "二")]},
      talk("一", "二")),
     ("messages",
-     {"messages": [turn("developer", "简短"), assistant("零"), user([
-         {"type": "text", "text": "一"}, {"type": "text", "text": "又一"}]), assistant("二")]},
+     {"messages": [
+         turn("developer", "简短"),
+         assistant("零"),
+         user([{"type": "text", "text": "一"}, {"type": "text", "text": "又一"}]),
+         assistant("二")]},
      talk("一\n又一", "二", system="简短")),
     # reasoning, definitions, calls and results of tools
     ("minimind",
@@ -211,12 +247,18 @@ DIALOGUES = [
      talk("几点？", f"<think>\n要查。\n</think>\n\n{CALL}", "三点", "三点。",
           system=f"简短\n{CALL}")),
     ("sharegpt",
-     {"conversations": [said("human", "一"), said("function_call", "{}"),
-                        said("observation", "三"), said("gpt", "四")]},
+     {"conversations": [
+         said("human", "一"),
+         said("function_call", "{}"),
+         said("observation", "三"),
+         said("gpt", "四")]},
      talk("一", "{}", "三", "四")),
     ("messages",
-     {"messages": [user("一"), assistant(None, tool_calls=[{"id": 1}]), tool("三"),
-                   assistant("四")]},
+     {"messages": [
+         user("一"),
+         assistant(None, tool_calls=[{"id": 1}]),
+         tool("三"),
+         assistant("四")]},
      talk("一", '[{"id": 1}]', "三", "四")),
     ("messages",
      {"tools": [{"type": "function"}],
@@ -224,12 +266,20 @@ DIALOGUES = [
      talk("一", '查一下\n[{"id": 1}]', system='[{"type": "function"}]')),
     # several calls and several results, in one message or one after another
     ("messages",
-     {"messages": [user("一"), assistant("", tool_calls=[{"id": 1}, {"id": 2}]),
-                   tool("三", tool_call_id="1"), tool("四", tool_call_id="2"), assistant("五")]},
+     {"messages": [
+         user("一"),
+         assistant("", tool_calls=[{"id": 1}, {"id": 2}]),
+         tool("三", tool_call_id="1"),
+         tool("四", tool_call_id="2"),
+         assistant("五")]},
      talk("一", '[{"id": 1}, {"id": 2}]', "三\n四", "五")),
     ("messages",
-     {"messages": [user("一"), assistant("查"), turn("tool_call", "{}"),
-                   turn("tool_response", "三"), assistant("四")]},
+     {"messages": [
+         user("一"),
+         assistant("查"),
+         turn("tool_call", "{}"),
+         turn("tool_response", "三"),
+         assistant("四")]},
      talk("一", "查\n{}", "三", "四")),
     # LLaMA-Factory's parts
     ("messages",
@@ -275,24 +325,42 @@ ALL_TURNS = {
 ANSWERS = {"chosen": "好", "rejected": "坏"}
 HH = "\n\nHuman: 一\n\nAssistant: 二\n\nHuman: 三\n\nAssistant:"
 PREFERENCES = {
-    "MedicalGPT": ({"conversations": [said("human", "问")], **ANSWERS}, talk("问")),
+    "MedicalGPT": (
+        {"conversations": [said("human", "问")], **ANSWERS},
+        talk("问")),
     "LLaMA-Factory": (
         {"conversations": [said("human", "问")], "chosen": said("gpt", "好"),
-         "rejected": said("gpt", "坏")}, talk("问")),
+         "rejected": said("gpt", "坏")},
+        talk("问")),
     "LLaMA-Factory's alpaca": (
         {"instruction": "翻译", "input": "你好", "system": "简短", **ANSWERS},
         talk("翻译\n你好", system="简短")),
-    "minimind": (ALL_TURNS, talk("问")),
-    "with system": ({"system": "简短", **ALL_TURNS}, talk("问", system="简短")),
-    "ultrafeedback": ({"prompt": "问", **ALL_TURNS}, talk("问")),
-    "TRL, texts": ({"prompt": "问", **ANSWERS}, talk("问")),
+    "minimind": (
+        ALL_TURNS,
+        talk("问")),
+    "with system": (
+        {"system": "简短", **ALL_TURNS},
+        talk("问", system="简短")),
+    "ultrafeedback": (
+        {"prompt": "问", **ALL_TURNS},
+        talk("问")),
+    "TRL, texts": (
+        {"prompt": "问", **ANSWERS},
+        talk("问")),
     "TRL, messages": (
-        {"prompt": [user("问"), assistant("中"), user("问")], "chosen": [assistant("好")],
-         "rejected": [assistant("坏")]}, talk("问", "中", "问")),
-    "question": ({"question": "问", **ANSWERS}, talk("问")),
-    "HH": ({"chosen": HH + " 好", "rejected": HH + " 坏"}, talk("一", "二", "三")),
+        {"prompt": [user("问"), assistant("中"), user("问")],
+         "chosen": [assistant("好")],
+         "rejected": [assistant("坏")]},
+        talk("问", "中", "问")),
+    "question": (
+        {"question": "问", **ANSWERS},
+        talk("问")),
+    "HH": (
+        {"chosen": HH + " 好", "rejected": HH + " 坏"},
+        talk("一", "二", "三")),
     "HH with prompt": (
-        {"prompt": HH, "chosen": " 好", "rejected": " 坏"}, talk("一", "二", "三"))}
+        {"prompt": HH, "chosen": " 好", "rejected": " 坏"},
+        talk("一", "二", "三"))}
 
 
 @pytest.mark.parametrize("form", PREFERENCES)

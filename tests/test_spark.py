@@ -55,7 +55,8 @@ def open_train(folder, tok):
 def test_shards_are_read_as_one_file(cut):
     folder, shards, tok = cut
     whole, data = open_train(folder, tok), open_train(shards, tok)
-    assert len(data) == len(whole) and not os.path.exists(shards / "train.bin")
+    assert len(data) == len(whole)
+    assert not os.path.exists(shards / "train.bin")
     rng = random.Random(5)
     for _ in range(300):
         start, stop = rng.randrange(len(whole) + 9), rng.randrange(len(whole) + 9)
@@ -97,8 +98,8 @@ def without_spark():
         import pyspark
     except ImportError:
         return "pip install pyspark to test Spark"
-    java = shutil.which("java", path=os.path.join(os.environ.get("JAVA_HOME", ""), "bin")
-                        + os.pathsep + os.environ["PATH"])
+    java_bin = os.path.join(os.environ.get("JAVA_HOME", ""), "bin")
+    java = shutil.which("java", path=java_bin + os.pathsep + os.environ["PATH"])
     if os.name == "nt" or not java:
         return "Spark is tested where there is Java 17 and a POSIX system"
     said = subprocess.run([java, "-version"], capture_output=True, text=True).stderr
@@ -138,8 +139,9 @@ def corpus(tok, tmp_path_factory):
                 f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             f.write('{"text": "cut\n{"title": "no text"}\n')
     (folder / "lines.txt").write_text("\n".join(texts[4::5]), encoding="utf-8")
-    arguments = [f"--corpora=txt_line:{folder}/lines.txt,text:{folder}/web",
-                 f"--tokenizer={tok.name}", *CONSTANTS]
+    arguments = [
+        f"--corpora=txt_line:{folder}/lines.txt,text:{folder}/web",
+        f"--tokenizer={tok.name}", *CONSTANTS]
     done = run("prepare_pretrain.py", folder, *arguments, "--data_dir=one", "--workers=1")
     assert done.rc == 0, done.err
     return folder, arguments
@@ -154,20 +156,27 @@ def environment(tmp_path_factory):
         "spark.driver.host 127.0.0.1\nspark.driver.bindAddress 127.0.0.1\n"
         f"spark.executor.memory 512m\nspark.local.dir {folder}\n", encoding="utf-8")
     # JVMs that live for seconds are not worth an optimising compiler
-    return {**os.environ, "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-            "SPARK_CONF_DIR": str(folder), "SPARK_LOCAL_IP": "127.0.0.1",
-            "SPARK_WORKER_DIR": str(folder), "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1",
-            "PYSPARK_PYTHON": sys.executable}
+    return {
+        **os.environ,
+        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        "SPARK_CONF_DIR": str(folder),
+        "SPARK_WORKER_DIR": str(folder),
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "PYSPARK_PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUTF8": "1"}
 
 
 def prepare(corpus, environment, name, master, when_clean=None):
     """extras.prepare_spark into the folder `name`; calls when_clean() after the first step."""
     folder, arguments = corpus
-    command = [sys.executable, "-m", "extras.prepare_spark", *arguments, f"--data_dir={name}",
-               f"--master={master}", f"--shard_tokens={SHARD_TOKENS}"]
+    command = [
+        sys.executable, "-m", "extras.prepare_spark", *arguments,
+        f"--data_dir={name}", f"--master={master}", f"--shard_tokens={SHARD_TOKENS}"]
     with open(folder / f"{name}.err", "w+", encoding="utf-8") as err:
-        process = subprocess.Popen(command, cwd=folder, env=environment, text=True,
-                                   encoding="utf-8", stdout=subprocess.PIPE, stderr=err)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=err)
         with process:
             for line in process.stdout:
                 if when_clean and CLEAN in line:
@@ -191,10 +200,12 @@ def read_bins(folder, tok):
                 assert meta["crc32"][name] == zlib.crc32(ids)
                 n_tokens += len(ids)
                 parts = np.split(ids, np.flatnonzero(ids == tok.eos_id) + 1)
-                assert len(parts.pop()) == 0 and len(inputs) in (0, len(parts))
+                assert len(parts.pop()) == 0
+                assert len(inputs) in (0, len(parts))
                 documents += [(tok.decode(part.tolist()), *inputs[i:i + 1])
                               for i, part in enumerate(parts)]
-        assert meta[split]["tokens"] == n_tokens and meta[split]["documents"] == len(documents)
+        assert meta[split]["tokens"] == n_tokens
+        assert meta[split]["documents"] == len(documents)
         splits[split] = documents
     return splits, meta
 
@@ -214,12 +225,15 @@ def test_the_same_documents_are_kept_as_on_one_machine(corpus, local, tok):
         assert sorted(texts) == sorted(text for text, *_ in expected[split])
         assert texts != sorted(texts)
     crc32, one_crc32 = meta.pop("crc32"), of_one.pop("crc32")
-    assert meta == of_one and list(meta["corpora"]) == list(of_one["corpora"])
+    assert meta == of_one
+    assert list(meta["corpora"]) == list(of_one["corpora"])
     assert len(crc32) == 2 * (2 + meta["train"]["tokens"] // SHARD_TOKENS) > 6
-    assert "val.bin" in one_crc32 and "val.bin" in crc32
+    assert "val.bin" in one_crc32
+    assert "val.bin" in crc32
     dropped = [row["dropped"] for row in meta["corpora"].values()]
     assert dropped[1]["no text"] == dropped[1]["broken JSON"] == 4
-    assert all(row["near duplicate"] > 20 for row in dropped) and dropped[1]["exact duplicate"]
+    assert all(row["near duplicate"] > 20 for row in dropped)
+    assert dropped[1]["exact duplicate"]
     assert sorted(os.listdir(local)) == sorted([*crc32, "meta.json"])     # and no scratch files
 
 
@@ -236,9 +250,9 @@ def start(environment, pattern, *command):
     """(process, what the pattern finds in its log) of a Spark daemon in a group of its own."""
     import pyspark
     spark_class = os.path.join(os.path.dirname(pyspark.__file__), "bin", "spark-class")
-    process = subprocess.Popen(["bash", spark_class, *command], env=environment, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", spark_class, *command], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     said = []
     for line in process.stderr:
         said.append(line)
@@ -259,13 +273,15 @@ def cluster(environment):
     """(address, workers) of a master and two workers with a core each."""
     deploy, processes = "org.apache.spark.deploy.", []
     try:
-        master, address = start(environment, r"spark://127.0.0.1:\d+", deploy + "master.Master",
-                                "--host", "127.0.0.1", "--port", "0", "--webui-port", "0")
+        master, address = start(
+            environment, r"spark://127.0.0.1:\d+", deploy + "master.Master",
+            "--host", "127.0.0.1", "--port", "0", "--webui-port", "0")
         processes.append(master)
         for _ in range(2):
-            worker, _ = start(environment, "Successfully registered", deploy + "worker.Worker",
-                              "--host", "127.0.0.1", "--cores", "1", "--memory", "512m",
-                              "--webui-port", "0", address)
+            worker, _ = start(
+                environment, "Successfully registered", deploy + "worker.Worker",
+                "--host", "127.0.0.1", "--cores", "1", "--memory", "512m",
+                "--webui-port", "0", address)
             processes.append(worker)
         yield address, processes[1:]
     finally:
@@ -297,8 +313,11 @@ def test_what_is_missing_ends_in_one_sentence(corpus, environment):
     folder, arguments = corpus
     hide = "import sys; sys.modules['pyspark'] = None"
     done = run("extras.prepare_spark", folder, *arguments, "--data_dir=x", code=hide)
-    assert done.rc == 1 and done.err.strip().endswith("pip install pyspark")
+    assert done.rc == 1
+    assert done.err.strip().endswith("pip install pyspark")
     hide = "import os; os.environ['JAVA_HOME'] = '/nowhere'"
     done = run("extras.prepare_spark", folder, *arguments, "--data_dir=x", code=hide)
-    assert done.rc == 1 and "(Java 17 or newer, --master=)" in done.err and "Traceback" not in done.err
+    assert done.rc == 1
+    assert "(Java 17 or newer, --master=)" in done.err
+    assert "Traceback" not in done.err
     assert not (folder / "x").exists()
