@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import config
 import lora
 import sharding
-from model import Model, ModelConfig
+from model import ROPE_SCALING, Model, ModelConfig
 from tokenizer import load as load_tokenizer
 
 FORMAT = 1                     # of checkpoints and bins; others are rejected
@@ -34,7 +35,7 @@ RESUMABLE = {"step": int, "best": float, "skipped": int, "identity": dict, "cons
 OPTIONAL = {**RESUMABLE, "val_loss": float, "val_bpb": float}
 SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
           "_growth_tracker": int}
-SHAPE = {field.name: field.type for field in fields(ModelConfig)}
+SHAPE = {field.name: field.type for field in fields(ModelConfig) if field.name != "rope_scaling"}
 # what every checkpoint names; constants of the network that came later had their defaults before
 FIRST = "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim max_seq_len".split()
 LATER = {field.name: field.default for field in fields(ModelConfig) if field.name not in FIRST}
@@ -49,15 +50,17 @@ def is_a(value, kind):
     """Whether a value is of this type; whole numbers are floats, too, and truth values are not."""
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 62
-    if kind is float and type(value) is int:
-        return abs(value) < 1 << 62
     if kind is float:
-        return type(value) is float and not math.isnan(value)
+        return type(value) in (int, float) and (abs(value) < 1 << 62 or value == math.inf)
     return isinstance(value, kind)
 
 
 def has(table, kinds):
-    """The first name of `kinds` whose value in the table is missing or of another type, or None."""
+    """The first name of `kinds` whose value in the table is missing or of another type, or None.
+
+    A table that is no dict has nothing.
+    """
+    table = table if isinstance(table, dict) else {}
     return next((name for name, kind in kinds.items() if not is_a(table.get(name), kind)), None)
 
 
@@ -87,7 +90,7 @@ def read_meta(path, tokenizer, made_by):
                          f"{again}")
     counts = dict.fromkeys(COUNTS[made_by], int)
     for name, row in {"train": meta["train"], "val": meta["val"], **meta["corpora"]}.items():
-        if wrong := has(row if isinstance(row, dict) else {}, counts):
+        if wrong := has(row, counts):
             raise SystemExit(f"{path}: not what {made_by} writes, {name!r} has no number of "
                              f"{wrong}; {again}")
     if meta["tokenizer_sha256"] != tokenizer.sha256:
@@ -189,9 +192,7 @@ def open_examples(data_dir, part, meta, size, vocab_size):
     if lengths.max(initial=0) > size:
         raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a "
                          f"row of this run {size}: run python {made_by} --max_seq_len={size}")
-    targets = lengths
-    if n:
-        targets = np.add.reduceat(mask, starts[:-1], dtype=np.int64)
+    targets = np.add.reduceat(mask, starts[:-1], dtype=np.int64)
     if targets.min(initial=1) < 1:
         raise SystemExit(f"{path}.mask: an example has no token on which the loss counts; run "
                          f"python {made_by} again")
@@ -214,7 +215,7 @@ def save(path, state):
         torch.save({"format": FORMAT, **state}, f)
 
 
-def load(path, device="cpu", to_resume=False):
+def load(path, to_resume=False):
     """The dict that save() wrote, LoRA's updates merged into the weights unless it is to_resume.
 
     SystemExit if it is missing, damaged, of another format, or no model that can work.
@@ -228,51 +229,44 @@ def load(path, device="cpu", to_resume=False):
     try:
         with zipfile.ZipFile(path) as archive:                # PyTorch does not look at the sums
             if archive.testzip():
-                raise ValueError
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                                # a damaged file raises anything
-        foreign = "weights_only" in str(error)
-        reason = "it holds more than tensors and plain values" if foreign else "not whole"
-        raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
-    if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
-        raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
-    try:
+                raise ValueError("not whole")
+        state = torch.load(path, map_location="cpu", weights_only=True)
         merged = check(state)
-    except ValueError as error:
-        raise SystemExit(f"{path}: refused: {error}; take another checkpoint") from None
+    except Exception as error:                                # a damaged file raises anything
+        reason = " ".join(str(error).split())[:300]
+        if "weights_only" in str(error):
+            reason = "it holds more than tensors and plain values"
+        raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
     return state if to_resume else {**state, "model": merged}
 
 
 def check(state):
     """Complete the shape of a checkpoint's network; returns its weights with LoRA's updates merged.
 
-    ValueError if something in it cannot be.
+    Raises ValueError, or what PyTorch raises, if something in it cannot be.
     """
+    if has(state, {"format": int}) or state["format"] != FORMAT:
+        raise ValueError(f"not a checkpoint of this version (format {FORMAT})")
     optional = {name: kind for name, kind in OPTIONAL.items() if name in state}
     if wrong := has(state, {**CHECKPOINT, **optional}):
         raise ValueError(f"its {wrong!r} is missing or wrong")
     shape, weights = {**LATER, **state["shape"]}, lora.merge(state["model"])
-    if unknown := shape.keys() - SHAPE:
-        raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
-    scaling = shape["rope_scaling"]
-    if wrong := has({**shape, "rope_scaling": {} if scaling is None else scaling}, SHAPE):
+    if wrong := has(shape, SHAPE):
         raise ValueError(f"the {wrong} of its network is {shape.get(wrong, 'missing')!r}")
-    if scaling and has(scaling, dict.fromkeys(scaling, float)):
+    scaling = shape["rope_scaling"]
+    if scaling is not None and has(scaling, dict.fromkeys(ROPE_SCALING, float)):
         raise ValueError(f"the rope_scaling of its network is {scaling}")
     if shape["n_layers"] > len(weights) or shape["max_seq_len"] > 1 << 24:
         raise ValueError(f"its network of {shape['n_layers']} layers for {shape['max_seq_len']} "
                          f"tokens cannot be one of {len(weights)} weights")
     with torch.device("meta"):                                # the shapes without the memory
         network = Model(ModelConfig(**shape))
-    try:
-        network.load_state_dict(dict(weights), assign=True)   # dict: it would mark the original
-        for name, weight in weights.items():
-            if weight.dtype != torch.float32:
-                raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
-            if not is_finite(weight):
-                raise ValueError(f"the weight {name} is not finite")
-    except Exception as error:                                # PyTorch says what does not fit
-        raise ValueError(" ".join(str(error).split())[:300]) from None
+    network.load_state_dict(dict(weights), assign=True)       # dict: it would mark the original
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
+        if not is_finite(weight):
+            raise ValueError(f"the weight {name} is not finite")
     state["shape"] = vars(network.config)
     return weights
 
@@ -285,11 +279,8 @@ def is_finite(tensor):
 
 def fingerprint(path):
     """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:8]
+    data = np.memmap(path, "u1", "r")
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def load_for(path, tok):
@@ -344,15 +335,15 @@ def open_run(out_dir, resume, overwrite, stage, identity):
     and their order. SystemExit rather than lose a run or mix two.
     """
     path = f"{out_dir}/last.pt"
+    if not resume:
+        if os.path.exists(path) and not overwrite:
+            raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts "
+                             "beside it, --overwrite starts anew in its place")
+        return None
     if not os.path.exists(path):
-        if resume and config.IS_MAIN:
+        if config.IS_MAIN:
             print(f"--resume: there is no {path}, so this run begins at step 0; if you meant "
                   "another run, stop and name its folder with --out_dir=", flush=True)
-        return None
-    if not resume and not overwrite:
-        raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts beside "
-                         "it, --overwrite starts anew in its place")
-    if not resume:
         return None
     saved = load(path, to_resume=True)
     if saved["stage"] != stage:
@@ -387,22 +378,20 @@ def restore(saved, model, optimizers, scaler):
         raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
                          "give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
-        groups = [dict(group) for group in optimizer.param_groups]
+        groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
         try:
             shares = {i: {name: sharding.share(moment, parameters[i])
                           for name, moment in moments.items()}
                       for i, moments in state["state"].items()}
             optimizer.load_state_dict({**state, "state": shares})
-            fits = all(v.shape in (p.shape, ()) and is_finite(v)
-                       for p, moments in optimizer.state.items() for v in moments.values())
-        except Exception:                                     # it looks at nothing before use
-            fits = False
-        if not fits:
+            for p, moments in optimizer.state.items():
+                if not all(v.shape in (p.shape, ()) and is_finite(v) for v in moments.values()):
+                    raise ValueError
+        except Exception:                                     # PyTorch looks at nothing before use
             raise SystemExit("last.pt: refused: the state of its optimizer does not fit the "
-                             "network")
-        for group, now in zip(optimizer.param_groups, groups):
-            group.update(now)                  # keep the current rates, restore the moments
+                             "network") from None
+        optimizer.param_groups = groups        # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
         if wrong := has(saved["scaler"], SCALER):
             raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
@@ -482,15 +471,13 @@ def read_log(path):
     if names[:len(LOG)] != list(LOG):
         return []
     for line in lines:
-        cells = line.split(",")                               # there are only numbers
-        try:
-            for name, cell in zip(names, cells):
+        with suppress(ValueError):             # of what is no row
+            row = dict(zip(names, line.split(","), strict=True))       # no cell holds a comma
+            for name, cell in row.items():
                 if cell or not name.startswith("val_"):
                     LOG.get(name, float)(cell)
-        except ValueError:
-            continue
-        if len(cells) == len(names) and int(cells[0]) > 0:
-            rows.append(dict(zip(names, cells)))
+            if int(row["step"]) > 0:
+                rows.append(row)
     return rows
 
 
@@ -498,9 +485,8 @@ def read_run(path, last_step=math.inf):
     """The sessions in a run.json that ended at last_step or before; none if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as f:
-            sessions = json.load(f)
-    except (OSError, ValueError, RecursionError):
+            sessions = list(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
-    return [session for session in sessions if isinstance(session, dict)
-            and not has(session, SESSION) and session["to_step"] <= last_step] \
-        if isinstance(sessions, list) else []
+    return [session for session in sessions
+            if not has(session, SESSION) and session["to_step"] <= last_step]
