@@ -35,6 +35,7 @@ RANK = int(os.environ.get("RANK", 0))                          # torchrun sets t
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # among those of this machine
 LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+EVERYONE = [f"process {rank}" for rank in range(WORLD_SIZE)]   # their names in messages
 TORCHRUN_ANSWERS = timedelta(seconds=30)
 
 if torch.__version__ < OLDEST:
@@ -64,7 +65,7 @@ class Process:
             sys.stdout.flush()
 
 
-def start(device, batch_rows=1, constants=(), offload=False):
+def start(device, batch_rows=1, constants={}, offload=False):
     """Join the processes that torchrun started, or be the only one; returns a Process.
 
     device: auto (CUDA, else Apple's MPS, else CPU) or one of cuda, mps, cpu. offload: they will
@@ -95,7 +96,7 @@ def start(device, batch_rows=1, constants=(), offload=False):
         dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
                                 store=dist.PrefixStore("group", message_store()),
                                 device_id=device if nccl else None)
-        check_equal(constants, process)
+        check_equal(constants)
     return process
 
 
@@ -161,13 +162,13 @@ def wait_for_others():
     """Wait until all processes are about to begin; SystemExit if one of them cannot."""
     try:
         message_store().set(f"process {RANK}", "")
-        messages = [message_store().get(f"process {other}") for other in range(WORLD_SIZE)]
+        messages = [message_store().get(name) for name in EVERYONE]
     except dist.DistError as error:
         raise SystemExit(f"process {RANK}: the others did not come ({error}); see what they say"
                          ) from None
-    for other, message in enumerate(messages):
+    for name, message in zip(EVERYONE, messages):
         if message:
-            raise SystemExit(f"process {other} cannot begin: {message.decode()}")
+            raise SystemExit(f"{name} cannot begin: {message.decode()}")
 
 
 @contextmanager
@@ -181,8 +182,7 @@ def ending_together():
             with suppress(dist.DistError):                     # the others may have ended, too
                 message_store().set(f"process {RANK}",
                                     stopped.code if is_sentence else "it was stopped")
-                everyone = [f"process {other}" for other in range(WORLD_SIZE)]
-                message_store().wait(everyone, timedelta(minutes=1))
+                message_store().wait(EVERYONE, timedelta(minutes=1))
         raise
 
 
@@ -226,12 +226,12 @@ def total(values, process):
     return sums.tolist()
 
 
-def check_equal(constants, process):
+def check_equal(constants):
     """SystemExit on every process if they run different constants; names those that differ."""
-    everyone = [None] * process.world_size
+    everyone = [None] * WORLD_SIZE
     dist.all_gather_object(everyone, constants)
-    differ = [name for name in constants
-              if any(other.get(name) != everyone[0].get(name) for other in everyone)]
+    differ = [name for name, value in constants.items()
+              if any(other.get(name) != value for other in everyone)]
     if differ:
         dist.destroy_process_group()
         raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the "
