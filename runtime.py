@@ -36,6 +36,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # among those of this machine
 LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 EVERYONE = [f"process {rank}" for rank in range(WORLD_SIZE)]   # their names in messages
+# columns of log.csv in the picture; nats per token, but per pair of answers in dpo.py
+CURVES = [("loss", "-", "training"), ("val_loss", "o-", "validation"),
+          ("val_accuracy", "s-", "accuracy of held-out pairs")]
 TORCHRUN_ANSWERS = timedelta(seconds=30)
 
 if torch.__version__ < OLDEST:
@@ -58,10 +61,10 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
-    def print(self, *words):
+    def print(self, sentence):
         """Print, on the main process only and above the progress bar."""
         if self.is_main:
-            tqdm.write(" ".join(map(str, words)))
+            tqdm.write(sentence)
             sys.stdout.flush()
 
 
@@ -107,25 +110,27 @@ def choose_device(name):
         usable.insert(0, "mps")
     if torch.cuda.is_available():
         usable.insert(0, "cuda")
-    problem = None if "cuda" in usable else unusable_card()
+    problem = "" if "cuda" in usable else unusable_card()
     if name == "auto":
         name = usable[0]
         if problem and config.IS_MAIN:
             print(problem, flush=True)
     if name not in usable:
-        reason = f". {problem}" if name == "cuda" and problem else ""
-        raise SystemExit(f"--device={name} is not usable here, but {', '.join(usable)} is{reason}")
+        sentence = f"--device={name} is not usable here, but {', '.join(usable)} is. {problem}"
+        raise SystemExit(sentence.rstrip())
+    if name != "cuda":
+        return torch.device(name)
     n_cards = torch.cuda.device_count()
-    if name == "cuda" and LOCAL_RANK >= n_cards:
+    if LOCAL_RANK >= n_cards:
         raise SystemExit(f"{LOCAL_SIZE} processes on this machine, but {n_cards} GPUs: "
                          f"torchrun --nproc_per_node={n_cards}")
-    return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
+    return torch.device(name, LOCAL_RANK)
 
 
 def unusable_card():
-    """A sentence about an NVIDIA card that PyTorch cannot use; None if there is no such card."""
+    """A sentence about an NVIDIA card that PyTorch cannot use; "" if there is no such card."""
     if not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
-        return None
+        return ""
     if not torch.version.cuda:
         return (f"This machine has an NVIDIA card, but PyTorch {torch.__version__} was built "
                 "without CUDA: install another build (the README has the commands)")
@@ -279,9 +284,8 @@ def parallel(model, process, shard, dtype, offload=False):
     if process.world_size == 1:
         model.no_sync = nullcontext
         return model
-    devices = [process.device] if process.device.type == "cuda" else None
     # as views of the buckets the gradients are not there twice
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def finish(process, code, step, best, out_dir, title):
@@ -386,7 +390,7 @@ def load_model(path, tokenizer="", device="auto", dtype="auto"):
 
 
 def compiled(model, choice, process, tokens):
-    """The model, compiled if choice (auto | on | off) says so.
+    """Compile the model if choice (auto | on | off) says so.
 
     auto: on CUDA where Triton is installed, and on a CPU with a C++ compiler for runs of many
     tokens: the speed of the steps (1.4 times on a CPU) then repays the half minute at the start.
@@ -394,17 +398,16 @@ def compiled(model, choice, process, tokens):
     """
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"--compile={choice}: choose auto, on or off")
-    device = process.device.type
+    wanted, device = choice == "on", process.device.type
     if choice == "auto" and device == "cuda":
-        choice = "on" if importlib.util.find_spec("triton") else "off"
+        wanted = importlib.util.find_spec("triton")
     elif choice == "auto" and device == "cpu":
         header = os.path.join(sysconfig.get_path("include"), "Python.h")
         has_compiler = shutil.which("g++") or shutil.which("clang++")
         is_long = tokens * model.flops_per_token(0) > 2e14
-        choice = "on" if is_long and has_compiler and os.path.exists(header) else "off"
-    if choice == "on":
+        wanted = is_long and has_compiler and os.path.exists(header)
+    if wanted:
         model.compile()
-    return model
 
 
 def rows_that_fit(model, process, dtype, batch_rows, T):
@@ -415,9 +418,8 @@ def rows_that_fit(model, process, dtype, batch_rows, T):
     if process.device.type != "cuda":
         return 16
     free, _ = torch.cuda.mem_get_info(process.device)
-    weights = 0                                # of them, what is there already
-    if not model.offloads:
-        weights = 4 * model.n_params() / model.shares
+    # of the estimate, what is there already
+    weights = 0 if model.offloads else 4 * model.n_params() / model.shares
     rows, share = 1, batch_rows / process.world_size
     while rows < share and (model.bytes_to_train(2 * rows, T, DTYPES[dtype]) - weights
                             < 0.9 * free):
@@ -511,11 +513,13 @@ def memory_as_text(model, rows, T, dtype):
 
 
 def seconds_as_text(seconds):
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
 
 
 @contextmanager
@@ -527,8 +531,7 @@ def memory_advice(constants):
     try:
         yield
     except RuntimeError as error:
-        is_memory = re.search("out of memory|allocate memory", str(error))
-        if not (is_memory or isinstance(error, torch.OutOfMemoryError)):
+        if not re.search("out of memory|allocate memory", str(error)):
             raise
         rows = constants["micro_batch"]
         advice = "rows of half the length (--max_seq_len), --recompute, or a smaller model"
@@ -627,7 +630,7 @@ class Meter:
                  f"{tokens_per_s:,.0f} tokens/s", f"{left} left",
                  *([f"{skipped} skipped"] if skipped else []))
         self.process.print("  ".join(words))
-        self.clock, self.last = time.perf_counter(), step
+        self.clock, self.last = now, step
 
     @contextmanager
     def paused(self):
@@ -661,25 +664,20 @@ class Meter:
 def draw_curve(out_dir, title):
     """log.csv -> curve.png, loss over steps; returns the picture's path, or why there is none."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return "no curve drawn: pip install matplotlib"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     rows = checkpoints.read_log(f"{out_dir}/log.csv")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    series, unit = [("loss", "-", "training"), ("val_loss", "o-", "validation")], "nats per token"
-    if rows and "val_accuracy" in rows[0]:                     # of dpo.py
-        series.append(("val_accuracy", "s-", "accuracy of held-out pairs"))
-        unit = "nats per pair"
-    for name, style, label in series:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        axes.plot(*zip(*points), style, lw=1, ms=3, alpha=0.7, label=label)
-    axes.set(xlabel="optimizer step", ylabel=f"loss, {unit}", title=title)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style, label in CURVES:
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        if points:
+            axes.plot(*zip(*points), style, lw=1, ms=3, alpha=0.7, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = f"{out_dir}/curve.png"
     with config.whole_file(picture, "wb") as f:
         figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
     return picture
