@@ -261,7 +261,7 @@ def check(state):
                          f"tokens cannot be one of {len(weights)} weights")
     with torch.device("meta"):                                # the shapes without the memory
         network = Model(ModelConfig(**shape))
-    network.load_state_dict(dict(weights), assign=True)       # dict: it would mark the original
+    network.load_state_dict(weights, assign=True)
     for name, weight in weights.items():
         if weight.dtype != torch.float32:
             raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
