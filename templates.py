@@ -41,7 +41,7 @@ class Template(NamedTuple):
                 yield self.answer, text, role, turn.get("train", True)
                 yield self.tail, "", "", False
             else:
-                yield {"system": self.system, "user": self.user}[role], text, role, False
+                yield getattr(self, role), text, role, False
         if ask:
             yield self.header + self.no_thoughts, "", "", False
 
@@ -141,12 +141,11 @@ def of_jinja(source, possible, tokens):
         raise SystemExit("pip install jinja2 to read chat templates") from None
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])   # as transformers has it
-    environment.globals["raise_exception"] = refuse
     names = dict(bos_token=tokens["{bos}"], eos_token=tokens["{eos}"], enable_thinking=False,
                  tools=None, documents=None)                   # no date: Llama 3 takes a fixed one
 
     def render(messages, ask=False):
-        try:                                                   # a template may raise anything
+        try:                     # a template may raise anything; raise_exception() is undefined
             return environment.from_string(source).render(
                 messages=messages, add_generation_prompt=ask, **names)
         except Exception:
@@ -182,7 +181,3 @@ def system_text(template, rendered, tokens):
     frame = map(re.escape, template.text(messages, False, tokens).split("\0"))
     found = re.fullmatch("(.*)".join(frame), rendered, re.DOTALL)
     return found[1] if found else ""
-
-
-def refuse(message):
-    raise ValueError(message)
