@@ -42,6 +42,11 @@ SPACE = "\u2581"                                    # sentencepiece writes a spa
 # How GPT-2 cuts a text into words before it merges bytes. Source: openai/gpt-2, src/encoder.py.
 GPT2_SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
               r"|\s+(?!\S)|\s+")
+# {character: byte} of byte-level vocabularies, which write a space as Ġ. Source: the same file.
+SHOWN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
+HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
+BYTE_OF = {chr(byte): byte for byte in SHOWN}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
 # The end of a document, by its name in Qwen's and GPT-2's, Llama 3's and Llama 2's vocabularies.
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
 DOCUMENT_STARTS = ["<|begin_of_text|>", "<s>"]
@@ -197,11 +202,7 @@ class StreamDecoder:
 
 def whole_characters(text):
     """The text with every lone surrogate, which stands for no character, replaced by U+FFFD."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # ---- sentencepiece ------------------------------------------------------------------------------
@@ -319,14 +320,15 @@ def rank_file(path):
         with open(path, "rb") as f:
             rows = [line.split() for line in f if line.strip()]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
+        has_bytes = ranks.keys() >= {bytes([byte]) for byte in range(256)}
+        if not has_bytes or sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; --tokenizer=gpt2 downloads GPT-2's") from None
     except ValueError:
-        ranks = {}
-    is_whole = ranks.keys() >= {bytes([byte]) for byte in range(256)}
-    if not is_whole or sorted(ranks.values()) != list(range(len(ranks))):
         raise SystemExit(f"{path}: not a whole rank file, which holds one `base64(bytes) rank` per "
-                         "line, every single byte and every rank from 0; download the file again")
+                         "line, every single byte and every rank from 0; download the file again"
+                         ) from None
     return tiktoken.Encoding(os.path.basename(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
@@ -480,20 +482,6 @@ def json_piece_bytes(piece, byte_level):
         return bytes(BYTE_OF[character] for character in piece)
     byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
     return bytes.fromhex(byte[1]) if byte else utf8_of(piece)
-
-
-def byte_characters():
-    """{character: byte} of byte-level vocabularies, which write a space as Ġ.
-
-    Source: openai/gpt-2, src/encoder.py.
-    """
-    shown = {byte for byte in range(33, 256) if chr(byte).isprintable()}
-    hidden = sorted(set(range(256)) - shown)
-    characters = {chr(byte): byte for byte in shown}
-    return characters | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-BYTE_OF = byte_characters()
 
 
 def read_json(path):
