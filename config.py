@@ -36,7 +36,9 @@ CONSTANT = re.compile(r'^(\w+) *= *(?:"[^"\n]*"|-?\d[\w.+-]*|True|False) *(?:# *
 LARGEST = {int: 2**63 - 1, float: 1e12}        # products of larger floats overflow in float32
 EXPECTED = {bool: "true or false",
             int: "a whole number, at least 0 and below 2^63",
-            float: "a number, at least 0 and at most 1e12"}
+            float: "a number, at least 0 and at most 1e12",
+            str: "text, and this is not in UTF-8: rename the file, or name the folder that "
+                 "holds it"}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -77,14 +79,11 @@ def override(namespace, argv=None, outlives_reader=False):
         default = namespace[name]
         type_ = type(default)
         if not equals and type_ is not bool:
-            following = argv[i + 1:i + 2] or [default]
-            raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
+            value = [*argv[i + 1:], default][0]
+            raise SystemExit(f"{script}: --{name} needs a value: write --{name}={value}")
         try:
-            text.encode("utf-8")
+            text.encode("utf-8")               # bytes in no encoding came as surrogates
             namespace[name] = parse(text if equals else "true", type_)
-        except UnicodeEncodeError:             # other bytes of the command line are surrogates
-            raise SystemExit(f"{script}: --{name}={text} is not in UTF-8; rename the file, or name "
-                             "the folder that holds it") from None
         except (KeyError, ValueError):
             raise SystemExit(f"{script}: --{name}={text}: must be {EXPECTED[type_]}; the default "
                              f"is {default!r}") from None
@@ -154,6 +153,12 @@ def guard_streams(outlives):
         if name != "stdin" and not isinstance(stream, Output):
             stream = Output(stream, outlives)
         setattr(sys, name, stream)
+
+
+def say(sentence):
+    """Print on the first of the processes."""
+    if IS_MAIN:
+        print(sentence, flush=True)
 
 
 @contextmanager

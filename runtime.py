@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import threading
 import time
+import timeit
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,8 +114,8 @@ def choose_device(name):
     problem = "" if "cuda" in usable else unusable_card()
     if name == "auto":
         name = usable[0]
-        if problem and config.IS_MAIN:
-            print(problem, flush=True)
+        if problem:
+            config.say(problem)
     if name not in usable:
         sentence = f"--device={name} is not usable here, but {', '.join(usable)} is. {problem}"
         raise SystemExit(sentence.rstrip())
@@ -211,8 +212,8 @@ def override(namespace):
         constants = config.override(namespace, outlives_reader=True)     # the command line again
         changed = [f"{name} (then {value!r}, now {constants[name]!r})"
                    for name, value in earlier.items() if constants[name] != value]
-        if earlier and config.IS_MAIN:
-            print(f"the constants of {path}; changed: {', '.join(changed) or 'none'}", flush=True)
+        if earlier:
+            config.say(f"the constants of {path}; changed: {', '.join(changed) or 'none'}")
         return constants
 
 
@@ -444,12 +445,9 @@ def matmul_rate(device, dtype):
     while n < 8192 and seconds < 0.01:         # until a product takes 10 ms
         n *= 2
         a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
-        times = []
-        for _ in range(3):                     # the first warms up; .item() waits for the device
-            began = time.perf_counter()
-            (a @ a)[0, 0].item()
-            times.append(time.perf_counter() - began)
-        seconds = min(times)
+        product = lambda: (a @ a)[0, 0].item()                 # which waits for the device
+        # the first of three warms up
+        seconds = min(timeit.repeat(product, timer=time.perf_counter, repeat=3, number=1))
     return 2 * n**3 / seconds
 
 
@@ -625,11 +623,10 @@ class Meter:
         steps_per_s = (step - self.last) / (now - self.clock)
         tokens_per_s = steps_per_s * row["tokens"] / step
         left = seconds_as_text((self.max_steps - step) / steps_per_s)
-        words = (f"step {step:>6}/{self.max_steps}", f"loss {row['loss']:.4f}",
-                 f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}",
-                 f"{tokens_per_s:,.0f} tokens/s", f"{left} left",
-                 *([f"{skipped} skipped"] if skipped else []))
-        self.process.print("  ".join(words))
+        overflows = f"  {skipped} skipped" if skipped else ""
+        self.process.print(
+            f"step {step:>6}/{self.max_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:.2f}  {tokens_per_s:,.0f} tokens/s  {left} left{overflows}")
         self.clock, self.last = now, step
 
     @contextmanager
