@@ -4,11 +4,11 @@ All of it is checked here, at the door: what is damaged, foreign or of another r
 sentence, so that no other file has to expect it.
 """
 import csv
+import fnmatch
 import hashlib
 import json
 import math
 import os
-import re
 import zipfile
 import zlib
 from contextlib import suppress
@@ -43,7 +43,7 @@ RUN_LATER = {**LATER, "lora_rank": 0}          # likewise of a run
 LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float,
        "val_loss": float}          # the first columns of every log.csv; others are floats
 SESSION = {"from_step": int, "to_step": int, "seconds": float, "timed_tokens": int,
-           "timed_seconds": float, "date": str, "torch": str, "device": str, "memory": str}
+           "timed_seconds": float, "date": str, "device": str, "memory": str}
 
 
 def is_a(value, kind):
@@ -106,18 +106,16 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     SystemExit if its length or its checksum is not what meta.json says, or if a number in it is not
     below `below`. Bins made before there were checksums have none.
     """
-    again, size = f"run python {made_by} again", np.dtype(dtype).itemsize
+    again = f"run python {made_by} again"
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: missing; {again}")
-    found = os.path.getsize(path)
-    if length is None:
-        length = found // size
-    expected = length * size
-    if found != expected:
-        raise SystemExit(f"{path}: {found}, where meta.json says {expected} bytes; {again}")
-    data = np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)
+    n, rest = divmod(os.path.getsize(path), np.dtype(dtype).itemsize)
+    if rest or length not in (None, n):
+        raise SystemExit(f"{path}: of another length ({n:,} numbers and {rest} bytes) than "
+                         f"meta.json says; {again}")
+    data = np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
     crc = 0
-    for at in range(0, length, 1 << 24):
+    for at in range(0, n, 1 << 24):
         part = data[at:at + (1 << 24)]
         crc = zlib.crc32(part, crc)
         if below is not None and (largest := part.max()) >= below:
@@ -141,9 +139,8 @@ class Shards:
         start, stop, _ = part.indices(len(self))
         stop = max(start, stop)
         first, last = np.searchsorted(self.starts[1:-1], (start, stop), "right")
-        pieces = []
-        for array, begin in zip(self.arrays[first:last + 1], self.starts[first:]):
-            pieces.append(array[max(start - begin, 0):stop - begin])
+        pieces = [array[max(start - begin, 0):stop - begin]
+                  for array, begin in zip(self.arrays[first:last + 1], self.starts[first:])]
         return np.concatenate(pieces)
 
 
@@ -152,19 +149,16 @@ def open_shards(path, dtype, length, meta, made_by, below=None):
 
     meta.json lists the shards among the checksums. Shards are returned as one, see Shards.
     """
-    stem, suffix = os.path.splitext(path)
-    shard = re.escape(os.path.basename(stem)) + r"-\d+" + re.escape(suffix)
-    names = sorted(filter(re.compile(shard).fullmatch, meta["crc32"]))
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    names = sorted(fnmatch.filter(meta["crc32"], f"{stem}-[0-9]*{suffix}"))
     if not names:
         return open_bin(path, dtype, length, meta, made_by, below)
-    arrays = []
-    for name in names:
-        file = os.path.join(os.path.dirname(path), name)
-        arrays.append(open_bin(file, dtype, None, meta, made_by, below))
-    shards = Shards(arrays)
+    shards = Shards([open_bin(f"{folder}/{name}", dtype, None, meta, made_by, below)
+                     for name in names])
     if len(shards) != length:
-        raise SystemExit(f"{stem}-*{suffix}: {len(shards):,} numbers in all, where meta.json says "
-                         f"{length:,}; run python {made_by} again")
+        raise SystemExit(f"{folder}/{stem}-*{suffix}: {len(shards):,} numbers in all, where "
+                         f"meta.json says {length:,}; run python {made_by} again")
     return shards
 
 
@@ -184,7 +178,7 @@ def open_examples(data_dir, part, meta, size, vocab_size):
     n, n_tokens = meta[part]["examples"], meta[part]["tokens"]
     tokens = open_tokens(f"{path}.bin", n_tokens, meta, made_by, vocab_size)
     mask = open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
-    starts = open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
+    starts = open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by)
     lengths = np.diff(starts) - 1              # n tokens are n - 1 inputs, each with a target
     if starts[0] != 0 or starts[-1] != n_tokens or lengths.min(initial=1) < 1:
         raise SystemExit(f"{path}.idx: does not cut {path}.bin into examples; run python "
@@ -301,10 +295,8 @@ def load_with_tokenizer(path, tokenizer=""):
     try:
         tok = load_tokenizer(name)
     except SystemExit as stopped:
-        if tokenizer:
-            raise
-        raise SystemExit(f"{path} was trained with the tokenizer {name!r}, which cannot be read "
-                         f"({stopped}); --tokenizer= names another place") from None
+        raise SystemExit(f"{path}: its tokenizer cannot be read from {name!r} ({stopped}); "
+                         "--tokenizer= names another place") from None
     if tok.sha256 != saved["tokenizer_sha256"]:
         raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is "
                          f"not {tok.name}")
@@ -341,9 +333,8 @@ def open_run(out_dir, resume, overwrite, stage, identity):
                              "beside it, --overwrite starts anew in its place")
         return None
     if not os.path.exists(path):
-        if config.IS_MAIN:
-            print(f"--resume: there is no {path}, so this run begins at step 0; if you meant "
-                  "another run, stop and name its folder with --out_dir=", flush=True)
+        config.say(f"--resume: there is no {path}, so this run begins at step 0; if you meant "
+                   "another run, stop and name its folder with --out_dir=")
         return None
     saved = load(path, to_resume=True)
     if saved["stage"] != stage:
@@ -358,8 +349,7 @@ def open_run(out_dir, resume, overwrite, stage, identity):
                   if repr(then[name]) != repr(value)]:         # it may hold anything, tensors too
         raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
                          "constants and the data that it had")
-    if config.IS_MAIN:
-        print(f"going on with {path} from step {saved['step']}", flush=True)
+    config.say(f"going on with {path} from step {saved['step']}")
     return saved
 
 
@@ -464,13 +454,12 @@ def read_log(path):
     """
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8", errors="replace", newline="") as f:
-        text = f.read()
-    head, *lines = text[:text.rfind("\n") + 1].splitlines() or [""]
+    with open(path, encoding="utf-8", errors="replace") as f:
+        head, *lines = f.read().split("\n")
     names, rows = head.split(","), []
     if names[:len(LOG)] != list(LOG):
         return []
-    for line in lines:
+    for line in lines[:-1]:                    # what follows the last line feed is not whole
         with suppress(ValueError):             # of what is no row
             row = dict(zip(names, line.split(","), strict=True))       # no cell holds a comma
             for name, cell in row.items():
