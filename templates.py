@@ -75,7 +75,7 @@ def joined(messages, joint):
         elif turns and turns[-1]["role"] == "user":
             turns[-1]["content"] += joint + message["content"]
         else:
-            turns.append({"role": "user", "content": message["content"]})
+            turns.append({**message, "role": "user"})
     return turns
 
 

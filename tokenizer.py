@@ -273,12 +273,13 @@ def piece_bytes(sp, id, name):
     """The UTF-8 that a sentencepiece id stands for; b"" for control, unknown and unused ids."""
     if sp.is_control(id) or sp.is_unknown(id) or sp.is_unused(id):
         return b""
-    return bytes.fromhex(name[3:5]) if sp.is_byte(id) else utf8_of(name)
+    return bytes_of(name)
 
 
-def utf8_of(name):
-    """The UTF-8 of a piece's name, in which U+2581 stands for a space."""
-    return name.replace(SPACE, " ").encode("utf-8")
+def bytes_of(name):
+    """The UTF-8 of a piece's name, in which <0x0A> stands for a byte and U+2581 for a space."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+    return bytes.fromhex(byte[1]) if byte else name.replace(SPACE, " ").encode("utf-8")
 
 
 # ---- tiktoken -----------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def from_folder(folder):
 def is_rank_file(path):
     """Whether a file begins like tiktoken's: a piece in base64, and its rank."""
     with open(path, "rb") as f:
-        return re.match(rb"[\w+/]+=* \d+\n", f.read(256)) is not None
+        return re.match(rb"[\w+/]+=* \d+\n", f.read(256))
 
 
 def from_tokenizer_json(folder, spec, added):
@@ -480,8 +481,7 @@ def json_piece_bytes(piece, byte_level):
     """The UTF-8 that a piece of a tokenizer.json stands for."""
     if byte_level and set(piece) <= BYTE_OF.keys():
         return bytes(BYTE_OF[character] for character in piece)
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-    return bytes.fromhex(byte[1]) if byte else utf8_of(piece)
+    return bytes_of(piece)
 
 
 def read_json(path):
