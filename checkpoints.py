@@ -295,8 +295,10 @@ def load_with_tokenizer(path, tokenizer=""):
     try:
         tok = load_tokenizer(name)
     except SystemExit as stopped:
-        raise SystemExit(f"{path}: its tokenizer cannot be read from {name!r} ({stopped}); "
-                         "--tokenizer= names another place") from None
+        if tokenizer:
+            raise
+        raise SystemExit(f"{path} was trained with the tokenizer {name!r}, which cannot be read "
+                         f"({stopped}); --tokenizer= names another place") from None
     if tok.sha256 != saved["tokenizer_sha256"]:
         raise SystemExit(f"{path} was trained with {saved['tokenizer']} as it was then, which is "
                          f"not {tok.name}")
