@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,11 +75,11 @@ def read_meta(path, tokenizer, made_by):
     tokenizer.
     """
     again = f"run python {made_by} again"
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: not there; run python {made_by} first")
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = {"corpora": {}, "crc32": {}, "dtype": "uint16", **json.load(f)}
+        found = json.loads(Path(path).read_text("utf-8"))
+        meta = {"corpora": {}, "crc32": {}, "dtype": "uint16", **found}
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: not there; run python {made_by} first") from None
     except (OSError, ValueError, TypeError, RecursionError):
         raise SystemExit(f"{path}: not a whole JSON file of {made_by}; {again}") from None
     if wrong := has(meta, META):
@@ -120,7 +121,7 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
         crc = zlib.crc32(part, crc)
         if below is not None and (largest := part.max()) >= below:
             raise SystemExit(f"{path}: holds {largest}, and all must be below {below:,}; {again}")
-    if meta["crc32"].get(os.path.basename(path), crc) != crc:
+    if meta["crc32"].get(Path(path).name, crc) != crc:
         raise SystemExit(f"{path}: damaged, its checksum is not that of meta.json; {again}")
     return data
 
@@ -149,16 +150,15 @@ def open_shards(path, dtype, length, meta, made_by, below=None):
 
     meta.json lists the shards among the checksums. Shards are returned as one, see Shards.
     """
-    folder, name = os.path.split(path)
-    stem, suffix = os.path.splitext(name)
-    names = sorted(fnmatch.filter(meta["crc32"], f"{stem}-[0-9]*{suffix}"))
+    file = Path(path)
+    names = sorted(fnmatch.filter(meta["crc32"], f"{file.stem}-[0-9]*{file.suffix}"))
     if not names:
         return open_bin(path, dtype, length, meta, made_by, below)
-    shards = Shards([open_bin(f"{folder}/{name}", dtype, None, meta, made_by, below)
+    shards = Shards([open_bin(file.with_name(name), dtype, None, meta, made_by, below)
                      for name in names])
     if len(shards) != length:
-        raise SystemExit(f"{folder}/{stem}-*{suffix}: {len(shards):,} numbers in all, where "
-                         f"meta.json says {length:,}; run python {made_by} again")
+        raise SystemExit(f"{file.with_suffix('')}-*{file.suffix}: {len(shards):,} numbers in all, "
+                         f"where meta.json says {length:,}; run python {made_by} again")
     return shards
 
 
@@ -218,14 +218,14 @@ def load(path, to_resume=False):
     if os.path.isdir(path):
         raise SystemExit(f"{path}: a folder, not a checkpoint; `python -m extras.import_weights "
                          f"--source={path}` makes one of a Hugging Face folder")
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:                # PyTorch does not look at the sums
             if archive.testzip():
                 raise ValueError("not whole")
         state = torch.load(path, map_location="cpu", weights_only=True)
         merged = check(state)
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another") from None
     except Exception as error:                                # a damaged file raises anything
         reason = " ".join(str(error).split())[:300]
         if "weights_only" in str(error):
@@ -456,8 +456,7 @@ def read_log(path):
     """
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        head, *lines = f.read().split("\n")
+    head, *lines = Path(path).read_text("utf-8", "replace").split("\n")
     names, rows = head.split(","), []
     if names[:len(LOG)] != list(LOG):
         return []
@@ -475,8 +474,7 @@ def read_log(path):
 def read_run(path, last_step=math.inf):
     """The sessions in a run.json that ended at last_step or before; none if it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as f:
-            sessions = list(json.load(f))
+        sessions = list(json.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return []
     return [session for session in sessions

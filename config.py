@@ -22,6 +22,7 @@ import sys
 import tempfile
 import zlib
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 # PyTorch's threads on a CPU wait for each other in a loop, which on a machine that also does
 # something else takes the time that the others need. This ends the loop soon; it is read when
@@ -66,7 +67,7 @@ def override(namespace, argv=None, outlives_reader=False):
             print(f"  {constant:<{width}}  {comment}")
         raise SystemExit(0)
     module = namespace.get("__spec__")         # of python -m extras.NAME
-    script = f"python -m {module.name}" if module else os.path.basename(namespace["__file__"])
+    script = f"python -m {module.name}" if module else Path(namespace["__file__"]).name
     for i, argument in enumerate(argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
@@ -102,8 +103,7 @@ def parse(text, type_):
 
 def constants_of(path):
     """{name: comment} of the plain constants above the script's call of override()."""
-    with open(path, encoding="utf-8") as f:
-        above, _, _ = f.read().partition("override(globals()")
+    above, _, _ = Path(path).read_text("utf-8").partition("override(globals()")
     return dict(CONSTANT.findall(above))
 
 
@@ -213,7 +213,7 @@ def only_user_of(name, folder):
     """
     if not folder:
         raise SystemExit(f"--{name}=: must name a folder")
-    check_output(name, os.path.join(folder, "x"))
+    check_output(name, f"{folder}/x")
     missing = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
     file = locked(folder)
@@ -229,7 +229,7 @@ def locked(folder):
     """A file that is open as long as this process has the folder to itself."""
     if os.name == "nt":
         import msvcrt
-        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+        file = os.open(f"{folder}/.lock", os.O_RDWR | os.O_CREAT)
         lock = lambda: msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
@@ -264,8 +264,7 @@ def whole_file(path, mode="w"):
             os.fsync(f.fileno())
         os.replace(aside, path)
     except BaseException:
-        if os.path.exists(aside):
-            os.remove(aside)
+        Path(aside).unlink(missing_ok=True)
         raise
 
 
