@@ -57,13 +57,9 @@ class Template(NamedTuple):
         return [{"role": "system", "content": self.default}] * bool(self.default) + turns
 
     def text(self, messages, ask, tokens):
-        """A dialogue as one text. tokens: {"{bos}": text, "{eos}": text}"""
-        result = ""
-        for form, text, *_ in self.written(messages, ask):
-            for name, token in tokens.items():
-                form = form.replace(name, token)
-            result += form.replace("{}", text)
-        return result
+        """A dialogue as one text. tokens: {"bos": text, "eos": text}"""
+        pieces = self.written(messages, ask)
+        return "".join(form.format(text, **tokens) for form, text, *_ in pieces)
 
 
 def joined(messages, joint):
@@ -119,8 +115,8 @@ TEMPLATES = [
 def find(controls, tokens, jinja, otherwise):
     """The template of a vocabulary; None if its folder has a Jinja template that is not known.
 
-    controls: its control tokens; tokens: {"{bos}": text, "{eos}": text}; jinja: "" if there is
-    none; otherwise: the template of a vocabulary that shows no sign of any.
+    controls: its control tokens; tokens: {"bos": text, "eos": text}; jinja: "" if there is none;
+    otherwise: the template of a vocabulary that shows no sign of any.
     """
     possible = [template for template in TEMPLATES if controls.keys() >= set(template.marks)]
     if jinja:
@@ -131,7 +127,7 @@ def find(controls, tokens, jinja, otherwise):
 def of_jinja(source, possible, tokens):
     """The possible template that writes dialogues as a Jinja template does; None if none does.
 
-    tokens: {"{bos}": text, "{eos}": text}. The texts around a system text are read from what it
+    tokens: {"bos": text, "eos": text}. The texts around a system text are read from what it
     renders. It may refuse a system text, or put it elsewhere in a longer dialogue, as Mistral's.
     """
     try:
@@ -141,7 +137,7 @@ def of_jinja(source, possible, tokens):
         raise SystemExit("pip install jinja2 to read chat templates") from None
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])   # as transformers has it
-    names = dict(bos_token=tokens["{bos}"], eos_token=tokens["{eos}"], enable_thinking=False,
+    names = dict(bos_token=tokens["bos"], eos_token=tokens["eos"], enable_thinking=False,
                  tools=None, documents=None)                   # no date: Llama 3 takes a fixed one
 
     def render(messages, ask=False):

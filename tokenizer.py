@@ -34,6 +34,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import templates
 
@@ -215,8 +216,7 @@ def from_sentencepiece(path, folder="", spec=None):
     """
     import sentencepiece
     try:
-        with open(path, "rb") as f:
-            data = f.read()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; `python train_tokenizer.py` makes a tokenizer "
                          "(--tokenizer=gpt2 takes a ready one)") from None
@@ -232,7 +232,7 @@ def from_sentencepiece(path, folder="", spec=None):
     controls = {name: id for id, name in enumerate(names) if sp.is_control(id)}
     eos_id = sp.eos_id()
     bos_id = sp.bos_id() if sp.bos_id() >= 0 else eos_id
-    tokens = {"{bos}": names[bos_id], "{eos}": names[eos_id]}
+    tokens = {"bos": names[bos_id], "eos": names[eos_id]}
     jinja = chat_template(folder) if folder else ""
     template = templates.find(controls, tokens, jinja, templates.QUESTION)
     encode_batch = partial(sp.encode, num_threads=1)
@@ -318,8 +318,8 @@ def rank_file(path):
     """The tiktoken encoding of a local rank file; SystemExit if it is not whole."""
     import tiktoken
     try:
-        with open(path, "rb") as f:
-            rows = [line.split() for line in f if line.strip()]
+        lines = Path(path).read_bytes().splitlines()
+        rows = [line.split() for line in lines if line.strip()]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
         has_bytes = ranks.keys() >= {bytes([byte]) for byte in range(256)}
         if not has_bytes or sorted(ranks.values()) != list(range(len(ranks))):
@@ -357,8 +357,7 @@ def from_folder(folder):
 
 def is_rank_file(path):
     """Whether a file begins like tiktoken's: a piece in base64, and its rank."""
-    with open(path, "rb") as f:
-        return re.match(rb"[\w+/]+=* \d+\n", f.read(256))
+    return re.match(rb"[\w+/]+=* \d+\n", Path(path).read_bytes())
 
 
 def from_tokenizer_json(folder, spec, added):
@@ -372,7 +371,7 @@ def from_tokenizer_json(folder, spec, added):
     if eos is None:
         raise SystemExit(f"{folder}: its tokenizer_config.json and config.json name no eos token "
                          "of tokenizer.json")
-    tokens = {"{bos}": bos or "", "{eos}": eos}
+    tokens = {"bos": bos or "", "eos": eos}
     template = templates.find(added, tokens, chat_template(folder), templates.HUMAN)
     if template and template.answer.endswith("{}" + eos):      # it ends a turn, but not a document
         eos = next((name for name in DOCUMENT_ENDS if name in added), eos)
@@ -466,10 +465,9 @@ def named_token(folder, kind, added):
 
 def chat_template(folder):
     """The Jinja source of a folder's chat template, "" if it has none."""
-    path = f"{folder}/chat_template.jinja"
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read()
+    path = Path(folder, "chat_template.jinja")
+    if path.exists():
+        return path.read_text("utf-8", "replace")
     found = read_json(f"{folder}/tokenizer_config.json").get("chat_template")
     for entry in found if isinstance(found, list) else []:     # several with names
         if isinstance(entry, dict) and entry.get("name") == "default":
@@ -486,11 +484,10 @@ def json_piece_bytes(piece, byte_level):
 
 def read_json(path):
     """The object of a JSON file, {} where there is no such file; SystemExit if it is not whole."""
-    if not os.path.exists(path):
-        return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+        content = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(content, dict):
