@@ -18,6 +18,7 @@ import timeit
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,7 +90,6 @@ def start(device, batch_rows=1, constants={}, offload=False):
     if batch_rows < WORLD_SIZE:
         raise SystemExit(f"a batch of {batch_rows} rows or pairs (batch_tokens / max_seq_len, or "
                          f"batch_pairs), but {WORLD_SIZE} processes need one each at least")
-    process = Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
     if WORLD_SIZE > 1:
         threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
         wait_for_others()
@@ -101,7 +101,7 @@ def start(device, batch_rows=1, constants={}, offload=False):
                                 store=dist.PrefixStore("group", message_store()),
                                 device_id=device if nccl else None)
         check_equal(constants)
-    return process
+    return Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
 
 
 def choose_device(name):
@@ -206,7 +206,7 @@ def override(namespace):
         if not constants["resume"]:
             return constants
         path = f"{constants['out_dir']}/last.pt"
-        stage = os.path.basename(namespace["__file__"]).removesuffix(".py")
+        stage = Path(namespace["__file__"]).stem
         earlier = checkpoints.read_constants(path, constants, stage)
         namespace.update(earlier)
         constants = config.override(namespace, outlives_reader=True)     # the command line again
@@ -403,10 +403,10 @@ def compiled(model, choice, process, tokens):
     if choice == "auto" and device == "cuda":
         wanted = importlib.util.find_spec("triton")
     elif choice == "auto" and device == "cpu":
-        header = os.path.join(sysconfig.get_path("include"), "Python.h")
+        header = Path(sysconfig.get_path("include"), "Python.h")
         has_compiler = shutil.which("g++") or shutil.which("clang++")
         is_long = tokens * model.flops_per_token(0) > 2e14
-        wanted = is_long and has_compiler and os.path.exists(header)
+        wanted = is_long and has_compiler and header.exists()
     if wanted:
         model.compile()
 
@@ -455,11 +455,10 @@ def hardware(device):
     """What computes, in words: the graphics card's name, or the processor's and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            if found := re.search("model name\\s*: (.*)", f.read()):
-                name = found[1]
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search("model name\\s*: (.*)", cpuinfo.read_text("utf-8"))
+        name = found[1] if found else name
     return f"{name}, threads: {torch.get_num_threads()}"
 
 
@@ -562,7 +561,7 @@ def batch_rows(step, batch_size, n_rows, seed):
 def micro_batches(rows, micro_batch, process):
     """This process's share of the global batch, cut into pieces of at most micro_batch rows."""
     share = rows[process.rank::process.world_size]
-    return [share[i:i + micro_batch] for i in range(0, len(share), micro_batch)]
+    return np.split(share, range(micro_batch, len(share), micro_batch))
 
 
 # -----------------------------------------------------------------------------------------------
