@@ -27,23 +27,23 @@ class Template(NamedTuple):
     default: str = ""          # the system turn of a dialogue without one
 
     def written(self, messages, ask=False):
-        """Yield (form, text, role, counts): the pieces of a dialogue, in order.
+        """Yield (form, text, counts): the pieces of a dialogue, in order.
 
         The piece is the form with the text in the place of {}; counts: whether it is learnt. The
         last header belongs to a message that is still to come where `ask` is true.
         """
         turns = self.turns(messages)
-        yield self.begin, "", "", False
+        yield self.begin, "", False
         for i, turn in enumerate(turns, 1):
             role, text = turn["role"], turn["content"]
             if role == "assistant":
-                yield self.header + self.no_thoughts * (i == len(turns)), "", "", False
-                yield self.answer, text, role, turn.get("train", True)
-                yield self.tail, "", "", False
+                yield self.header + self.no_thoughts * (i == len(turns)), "", False
+                yield self.answer, text, turn.get("train", True)
+                yield self.tail, "", False
             else:
-                yield getattr(self, role), text, role, False
+                yield getattr(self, role), text, False
         if ask:
-            yield self.header + self.no_thoughts, "", "", False
+            yield self.header + self.no_thoughts, "", False
 
     def turns(self, messages):
         """The messages as the template wants them: texts stripped, or joined; a system text."""
@@ -59,7 +59,7 @@ class Template(NamedTuple):
     def text(self, messages, ask, tokens):
         """A dialogue as one text. tokens: {"bos": text, "eos": text}"""
         pieces = self.written(messages, ask)
-        return "".join(form.format(text, **tokens) for form, text, *_ in pieces)
+        return "".join(form.format(text, **tokens) for form, text, _ in pieces)
 
 
 def joined(messages, joint):

@@ -156,9 +156,9 @@ class Tokenizer:
                 "continue texts, but not chat; to fine-tune it in the form `Human: ... Assistant: "
                 "...`, delete chat_template.jinja, or chat_template in tokenizer_config.json")
         run, continues = "", False
-        for form, text, role, counts in self.template.written(messages, ask):
+        for form, text, counts in self.template.written(messages, ask):
             ids = []
-            if role == "assistant" and run:
+            if form == self.template.answer and run:
                 yield self._encode_run(run, continues), False
                 run, continues = "", True
             for piece in self._in_forms.split(form):
@@ -318,18 +318,17 @@ def rank_file(path):
     """The tiktoken encoding of a local rank file; SystemExit if it is not whole."""
     import tiktoken
     try:
-        lines = Path(path).read_bytes().splitlines()
-        rows = [line.split() for line in lines if line.strip()]
+        with open(path, "rb") as f:
+            rows = [line.split() for line in f if line.strip()]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
-        has_bytes = ranks.keys() >= {bytes([byte]) for byte in range(256)}
-        if not has_bytes or sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; --tokenizer=gpt2 downloads GPT-2's") from None
     except ValueError:
+        ranks = {}
+    is_whole = ranks.keys() >= {bytes([byte]) for byte in range(256)}
+    if not is_whole or sorted(ranks.values()) != list(range(len(ranks))):
         raise SystemExit(f"{path}: not a whole rank file, which holds one `base64(bytes) rank` per "
-                         "line, every single byte and every rank from 0; download the file again"
-                         ) from None
+                         "line, every single byte and every rank from 0; download the file again")
     return tiktoken.Encoding(os.path.basename(path), pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
