@@ -60,11 +60,10 @@ def override(namespace, argv=None, outlives_reader=False):
         argv = sys.argv[1:] if is_script else []
     comments = constants_of(namespace["__file__"])
     if "--help" in argv or "-h" in argv:
-        shown = {f"--{name}={namespace[name]!r}": comment for name, comment in comments.items()}
-        width = max(map(len, shown))
         print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:")
-        for constant, comment in shown.items():
-            print(f"  {constant:<{width}}  {comment}")
+        for name, comment in comments.items():
+            constant = f"--{name}={namespace[name]!r}"
+            print(f"  {constant:<38}  {comment}")
         raise SystemExit(0)
     module = namespace.get("__spec__")         # of python -m extras.NAME
     script = f"python -m {module.name}" if module else Path(namespace["__file__"]).name
