@@ -37,7 +37,7 @@ RANK = int(os.environ.get("RANK", 0))                          # torchrun sets t
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # among those of this machine
 LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-EVERYONE = [f"process {rank}" for rank in range(WORLD_SIZE)]   # their names in messages
+EVERYONE = [f"process {rank}" for rank in range(WORLD_SIZE)]   # named so to each other
 # columns of log.csv in the picture; nats per token, but per pair of answers in dpo.py
 CURVES = [("loss", "-", "training"), ("val_loss", "o-", "validation"),
           ("val_accuracy", "s-", "accuracy of held-out pairs")]
@@ -269,8 +269,6 @@ def check_sharding(shard, offload, compile, dtype, batch, process):
     if dtype == "float16" or compile == "on":
         raise SystemExit(f"--shard={shard} works with neither --dtype=float16 nor --compile=on")
     process.print(f"--shard={shard}: no samples are drawn and nothing is compiled")
-    if offload and process.device.type == "cpu":
-        process.print("--offload: nothing is gained on a CPU, all is in the host's memory already")
 
 
 def parallel(model, process, shard, dtype, offload=False):
@@ -304,7 +302,6 @@ def finish(process, code, step, best, out_dir, title):
         dist.destroy_process_group()
     if process.world_size > 1:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 
@@ -445,8 +442,8 @@ def matmul_rate(device, dtype):
     while n < 8192 and seconds < 0.01:         # until a product takes 10 ms
         n *= 2
         a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
-        product = lambda: (a @ a)[0, 0].item()                 # which waits for the device
-        # the first of three warms up
+        product = lambda: (a @ a)[0, 0].item()                 # .item() waits for the device
+        # the first of the three warms up
         seconds = min(timeit.repeat(product, timer=time.perf_counter, repeat=3, number=1))
     return 2 * n**3 / seconds
 
@@ -455,7 +452,8 @@ def hardware(device):
     """What computes, in words: the graphics card's name, or the processor's and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         found = re.search("model name\\s*: (.*)", cpuinfo.read_text("utf-8"))
         name = found[1] if found else name
