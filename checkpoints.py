@@ -230,7 +230,8 @@ def load(path, to_resume=False):
         reason = " ".join(str(error).split())[:300]
         if "weights_only" in str(error):
             reason = "it holds more than tensors and plain values"
-        raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
+        raise SystemExit(f"{path}: refused, not a whole checkpoint of this version: {reason}; take "
+                         "another") from None
     return state if to_resume else {**state, "model": merged}
 
 
@@ -240,7 +241,7 @@ def check(state):
     Raises ValueError, or what PyTorch raises, if something in it cannot be.
     """
     if has(state, {"format": int}) or state["format"] != FORMAT:
-        raise ValueError(f"not a checkpoint of this version (format {FORMAT})")
+        raise ValueError(f"its format is not {FORMAT}")
     optional = {name: kind for name, kind in OPTIONAL.items() if name in state}
     if wrong := has(state, {**CHECKPOINT, **optional}):
         raise ValueError(f"its {wrong!r} is missing or wrong")

@@ -18,10 +18,11 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 import tempfile
 import zlib
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 # PyTorch's threads on a CPU wait for each other in a loop, which on a machine that also does
@@ -189,14 +190,14 @@ def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
 def check_output(name, path):
     """SystemExit, before the work, if no file can be written to `path`, the constant `name`."""
     try:
-        with suppress(FileNotFoundError):
-            os.lstat(path)                     # refuses names that no file can have
-        is_new = os.path.basename(path) and not os.path.lexists(path)
-        if not is_new and not os.path.isfile(path):            # a folder, /dev/null, a pipe
+        try:
+            is_file = stat.S_ISREG(os.stat(path).st_mode)      # not a folder, /dev/null, a pipe
+        except FileNotFoundError:
+            is_file = os.path.basename(path)
+        if not is_file:
             raise OSError(errno.EINVAL, "no file can have this name")
-        folder = os.path.dirname(os.path.abspath(path))
-        while not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
+        parents = Path(path).absolute().parents
+        folder = next(filter(os.path.lexists, parents), path)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:     # ValueError: a NUL in the name
         raise SystemExit(f"--{name}={path!r}: cannot be written: "
@@ -238,7 +239,6 @@ def locked(folder):
         lock()
     except OSError as error:                  # others: a file system without locks
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            os.close(file)
             raise SystemExit(f"{folder}: another process is writing there; wait for its end, or "
                              "name another folder") from None
     return file
