@@ -4,14 +4,16 @@ All of it is checked here, at the door: what is damaged, foreign or of another r
 sentence, so that no other file has to expect it.
 """
 import csv
+import fnmatch
 import hashlib
 import json
 import math
 import os
-import re
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import torch
 import config
 import lora
 import sharding
-from model import Model, ModelConfig
+from model import ROPE_SCALING, Model, ModelConfig
 from tokenizer import load as load_tokenizer
 
 FORMAT = 1                     # of checkpoints and bins; others are rejected
@@ -34,7 +36,7 @@ RESUMABLE = {"step": int, "best": float, "skipped": int, "identity": dict, "cons
 OPTIONAL = {**RESUMABLE, "val_loss": float, "val_bpb": float}
 SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
           "_growth_tracker": int}
-SHAPE = {field.name: field.type for field in fields(ModelConfig)}
+SHAPE = {field.name: field.type for field in fields(ModelConfig) if field.name != "rope_scaling"}
 # what every checkpoint names; constants of the network that came later had their defaults before
 FIRST = "vocab_size dim n_layers n_heads n_kv_heads head_dim hidden_dim max_seq_len".split()
 LATER = {field.name: field.default for field in fields(ModelConfig) if field.name not in FIRST}
@@ -42,22 +44,24 @@ RUN_LATER = {**LATER, "lora_rank": 0}          # likewise of a run
 LOG = {"step": int, "tokens": int, "lr": float, "loss": float, "grad_norm": float,
        "val_loss": float}          # the first columns of every log.csv; others are floats
 SESSION = {"from_step": int, "to_step": int, "seconds": float, "timed_tokens": int,
-           "timed_seconds": float, "date": str, "torch": str, "device": str, "memory": str}
+           "timed_seconds": float, "date": str, "device": str, "memory": str}
 
 
 def is_a(value, kind):
     """Whether a value is of this type; whole numbers are floats, too, and truth values are not."""
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 62
-    if kind is float and type(value) is int:
-        return abs(value) < 1 << 62
     if kind is float:
-        return type(value) is float and not math.isnan(value)
+        return type(value) in (int, float) and (abs(value) < 1 << 62 or value == math.inf)
     return isinstance(value, kind)
 
 
 def has(table, kinds):
-    """The first name of `kinds` whose value in the table is missing or of another type, or None."""
+    """The first name of `kinds` whose value in the table is missing or of another type, or None.
+
+    A table that is no dict has nothing.
+    """
+    table = table if isinstance(table, dict) else {}
     return next((name for name, kind in kinds.items() if not is_a(table.get(name), kind)), None)
 
 
@@ -71,11 +75,11 @@ def read_meta(path, tokenizer, made_by):
     tokenizer.
     """
     again = f"run python {made_by} again"
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: not there; run python {made_by} first")
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = {"corpora": {}, "crc32": {}, "dtype": "uint16", **json.load(f)}
+        found = json.loads(Path(path).read_text("utf-8"))
+        meta = {"corpora": {}, "crc32": {}, "dtype": "uint16", **found}
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: not there; run python {made_by} first") from None
     except (OSError, ValueError, TypeError, RecursionError):
         raise SystemExit(f"{path}: not a whole JSON file of {made_by}; {again}") from None
     if wrong := has(meta, META):
@@ -87,7 +91,7 @@ def read_meta(path, tokenizer, made_by):
                          f"{again}")
     counts = dict.fromkeys(COUNTS[made_by], int)
     for name, row in {"train": meta["train"], "val": meta["val"], **meta["corpora"]}.items():
-        if wrong := has(row if isinstance(row, dict) else {}, counts):
+        if wrong := has(row, counts):
             raise SystemExit(f"{path}: not what {made_by} writes, {name!r} has no number of "
                              f"{wrong}; {again}")
     if meta["tokenizer_sha256"] != tokenizer.sha256:
@@ -103,23 +107,21 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     SystemExit if its length or its checksum is not what meta.json says, or if a number in it is not
     below `below`. Bins made before there were checksums have none.
     """
-    again, size = f"run python {made_by} again", np.dtype(dtype).itemsize
+    again = f"run python {made_by} again"
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: missing; {again}")
-    found = os.path.getsize(path)
-    if length is None:
-        length = found // size
-    expected = length * size
-    if found != expected:
-        raise SystemExit(f"{path}: {found}, where meta.json says {expected} bytes; {again}")
-    data = np.memmap(path, dtype, "r") if length else np.zeros(0, dtype)
+    n, rest = divmod(os.path.getsize(path), np.dtype(dtype).itemsize)
+    if rest or length not in (None, n):
+        raise SystemExit(f"{path}: of another length ({n:,} numbers and {rest} bytes) than "
+                         f"meta.json says; {again}")
+    data = np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
     crc = 0
-    for at in range(0, length, 1 << 24):
+    for at in range(0, n, 1 << 24):
         part = data[at:at + (1 << 24)]
         crc = zlib.crc32(part, crc)
         if below is not None and (largest := part.max()) >= below:
             raise SystemExit(f"{path}: holds {largest}, and all must be below {below:,}; {again}")
-    if meta["crc32"].get(os.path.basename(path), crc) != crc:
+    if meta["crc32"].get(Path(path).name, crc) != crc:
         raise SystemExit(f"{path}: damaged, its checksum is not that of meta.json; {again}")
     return data
 
@@ -138,9 +140,8 @@ class Shards:
         start, stop, _ = part.indices(len(self))
         stop = max(start, stop)
         first, last = np.searchsorted(self.starts[1:-1], (start, stop), "right")
-        pieces = []
-        for array, begin in zip(self.arrays[first:last + 1], self.starts[first:]):
-            pieces.append(array[max(start - begin, 0):stop - begin])
+        pieces = [array[max(start - begin, 0):stop - begin]
+                  for array, begin in zip(self.arrays[first:last + 1], self.starts[first:])]
         return np.concatenate(pieces)
 
 
@@ -149,19 +150,15 @@ def open_shards(path, dtype, length, meta, made_by, below=None):
 
     meta.json lists the shards among the checksums. Shards are returned as one, see Shards.
     """
-    stem, suffix = os.path.splitext(path)
-    shard = re.escape(os.path.basename(stem)) + r"-\d+" + re.escape(suffix)
-    names = sorted(filter(re.compile(shard).fullmatch, meta["crc32"]))
+    file = Path(path)
+    names = sorted(fnmatch.filter(meta["crc32"], f"{file.stem}-[0-9]*{file.suffix}"))
     if not names:
         return open_bin(path, dtype, length, meta, made_by, below)
-    arrays = []
-    for name in names:
-        file = os.path.join(os.path.dirname(path), name)
-        arrays.append(open_bin(file, dtype, None, meta, made_by, below))
-    shards = Shards(arrays)
+    shards = Shards([open_bin(file.with_name(name), dtype, None, meta, made_by, below)
+                     for name in names])
     if len(shards) != length:
-        raise SystemExit(f"{stem}-*{suffix}: {len(shards):,} numbers in all, where meta.json says "
-                         f"{length:,}; run python {made_by} again")
+        raise SystemExit(f"{file.with_suffix('')}-*{file.suffix}: {len(shards):,} numbers in all, "
+                         f"where meta.json says {length:,}; run python {made_by} again")
     return shards
 
 
@@ -181,7 +178,7 @@ def open_examples(data_dir, part, meta, size, vocab_size):
     n, n_tokens = meta[part]["examples"], meta[part]["tokens"]
     tokens = open_tokens(f"{path}.bin", n_tokens, meta, made_by, vocab_size)
     mask = open_bin(f"{path}.mask", "u1", n_tokens, meta, made_by, below=2)
-    starts = open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by, n_tokens + 1)
+    starts = open_bin(f"{path}.idx", "<i8", n + 1, meta, made_by)
     lengths = np.diff(starts) - 1              # n tokens are n - 1 inputs, each with a target
     if starts[0] != 0 or starts[-1] != n_tokens or lengths.min(initial=1) < 1:
         raise SystemExit(f"{path}.idx: does not cut {path}.bin into examples; run python "
@@ -189,9 +186,7 @@ def open_examples(data_dir, part, meta, size, vocab_size):
     if lengths.max(initial=0) > size:
         raise SystemExit(f"{path}.bin: its longest example has {lengths.max() + 1} tokens and a "
                          f"row of this run {size}: run python {made_by} --max_seq_len={size}")
-    targets = lengths
-    if n:
-        targets = np.add.reduceat(mask, starts[:-1], dtype=np.int64)
+    targets = np.add.reduceat(mask, starts[:-1], dtype=np.int64)
     if targets.min(initial=1) < 1:
         raise SystemExit(f"{path}.mask: an example has no token on which the loss counts; run "
                          f"python {made_by} again")
@@ -214,7 +209,7 @@ def save(path, state):
         torch.save({"format": FORMAT, **state}, f)
 
 
-def load(path, device="cpu", to_resume=False):
+def load(path, to_resume=False):
     """The dict that save() wrote, LoRA's updates merged into the weights unless it is to_resume.
 
     SystemExit if it is missing, damaged, of another format, or no model that can work.
@@ -223,56 +218,50 @@ def load(path, device="cpu", to_resume=False):
     if os.path.isdir(path):
         raise SystemExit(f"{path}: a folder, not a checkpoint; `python -m extras.import_weights "
                          f"--source={path}` makes one of a Hugging Face folder")
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:                # PyTorch does not look at the sums
             if archive.testzip():
-                raise ValueError
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                                # a damaged file raises anything
-        foreign = "weights_only" in str(error)
-        reason = "it holds more than tensors and plain values" if foreign else "not whole"
-        raise SystemExit(f"{path}: refused: {reason}; take another checkpoint") from None
-    if not isinstance(state, dict) or has(state, {"format": int}) or state["format"] != FORMAT:
-        raise SystemExit(f"{path}: not a checkpoint of this version (format {FORMAT})")
-    try:
+                raise ValueError("not whole")
+        state = torch.load(path, map_location="cpu", weights_only=True)
         merged = check(state)
-    except ValueError as error:
-        raise SystemExit(f"{path}: refused: {error}; take another checkpoint") from None
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such checkpoint; train one first, or name another") from None
+    except Exception as error:                                # a damaged file raises anything
+        reason = " ".join(str(error).split())[:300]
+        if "weights_only" in str(error):
+            reason = "it holds more than tensors and plain values"
+        raise SystemExit(f"{path}: refused, not a whole checkpoint of this version: {reason}; take "
+                         "another") from None
     return state if to_resume else {**state, "model": merged}
 
 
 def check(state):
     """Complete the shape of a checkpoint's network; returns its weights with LoRA's updates merged.
 
-    ValueError if something in it cannot be.
+    Raises ValueError, or what PyTorch raises, if something in it cannot be.
     """
+    if has(state, {"format": int}) or state["format"] != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
     optional = {name: kind for name, kind in OPTIONAL.items() if name in state}
     if wrong := has(state, {**CHECKPOINT, **optional}):
         raise ValueError(f"its {wrong!r} is missing or wrong")
     shape, weights = {**LATER, **state["shape"]}, lora.merge(state["model"])
-    if unknown := shape.keys() - SHAPE:
-        raise ValueError(f"its network has {min(map(str, unknown))!r}, unknown to this code")
-    scaling = shape["rope_scaling"]
-    if wrong := has({**shape, "rope_scaling": {} if scaling is None else scaling}, SHAPE):
+    if wrong := has(shape, SHAPE):
         raise ValueError(f"the {wrong} of its network is {shape.get(wrong, 'missing')!r}")
-    if scaling and has(scaling, dict.fromkeys(scaling, float)):
+    scaling = shape["rope_scaling"]
+    if scaling is not None and has(scaling, dict.fromkeys(ROPE_SCALING, float)):
         raise ValueError(f"the rope_scaling of its network is {scaling}")
     if shape["n_layers"] > len(weights) or shape["max_seq_len"] > 1 << 24:
         raise ValueError(f"its network of {shape['n_layers']} layers for {shape['max_seq_len']} "
                          f"tokens cannot be one of {len(weights)} weights")
     with torch.device("meta"):                                # the shapes without the memory
         network = Model(ModelConfig(**shape))
-    try:
-        network.load_state_dict(dict(weights), assign=True)   # dict: it would mark the original
-        for name, weight in weights.items():
-            if weight.dtype != torch.float32:
-                raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
-            if not is_finite(weight):
-                raise ValueError(f"the weight {name} is not finite")
-    except Exception as error:                                # PyTorch says what does not fit
-        raise ValueError(" ".join(str(error).split())[:300]) from None
+    network.load_state_dict(weights, assign=True)
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            raise ValueError(f"the weight {name} is of {weight.dtype}, not torch.float32")
+        if not is_finite(weight):
+            raise ValueError(f"the weight {name} is not finite")
     state["shape"] = vars(network.config)
     return weights
 
@@ -285,11 +274,8 @@ def is_finite(tensor):
 
 def fingerprint(path):
     """The first 8 hex digits of a file's SHA-256: says which checkpoint a score belongs to."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:8]
+    data = np.memmap(path, "u1", "r")
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def load_for(path, tok):
@@ -344,15 +330,14 @@ def open_run(out_dir, resume, overwrite, stage, identity):
     and their order. SystemExit rather than lose a run or mix two.
     """
     path = f"{out_dir}/last.pt"
-    if not os.path.exists(path):
-        if resume and config.IS_MAIN:
-            print(f"--resume: there is no {path}, so this run begins at step 0; if you meant "
-                  "another run, stop and name its folder with --out_dir=", flush=True)
-        return None
-    if not resume and not overwrite:
-        raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts beside "
-                         "it, --overwrite starts anew in its place")
     if not resume:
+        if os.path.exists(path) and not overwrite:
+            raise SystemExit(f"{path} is there: --resume goes on with it, --out_dir=... starts "
+                             "beside it, --overwrite starts anew in its place")
+        return None
+    if not os.path.exists(path):
+        config.say(f"--resume: there is no {path}, so this run begins at step 0; if you meant "
+                   "another run, stop and name its folder with --out_dir=")
         return None
     saved = load(path, to_resume=True)
     if saved["stage"] != stage:
@@ -367,8 +352,7 @@ def open_run(out_dir, resume, overwrite, stage, identity):
                   if repr(then[name]) != repr(value)]:         # it may hold anything, tensors too
         raise SystemExit(f"{path} is of a run with another {', '.join(differ)}; resume it with the "
                          "constants and the data that it had")
-    if config.IS_MAIN:
-        print(f"going on with {path} from step {saved['step']}", flush=True)
+    config.say(f"going on with {path} from step {saved['step']}")
     return saved
 
 
@@ -387,22 +371,20 @@ def restore(saved, model, optimizers, scaler):
         raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
                          "give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
-        groups = [dict(group) for group in optimizer.param_groups]
+        groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
         try:
             shares = {i: {name: sharding.share(moment, parameters[i])
                           for name, moment in moments.items()}
                       for i, moments in state["state"].items()}
             optimizer.load_state_dict({**state, "state": shares})
-            fits = all(v.shape in (p.shape, ()) and is_finite(v)
-                       for p, moments in optimizer.state.items() for v in moments.values())
-        except Exception:                                     # it looks at nothing before use
-            fits = False
-        if not fits:
+            for p, moments in optimizer.state.items():
+                if not all(v.shape in (p.shape, ()) and is_finite(v) for v in moments.values()):
+                    raise ValueError
+        except Exception:                                     # PyTorch looks at nothing before use
             raise SystemExit("last.pt: refused: the state of its optimizer does not fit the "
-                             "network")
-        for group, now in zip(optimizer.param_groups, groups):
-            group.update(now)                  # keep the current rates, restore the moments
+                             "network") from None
+        optimizer.param_groups = groups        # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
         if wrong := has(saved["scaler"], SCALER):
             raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
@@ -475,32 +457,26 @@ def read_log(path):
     """
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8", errors="replace", newline="") as f:
-        text = f.read()
-    head, *lines = text[:text.rfind("\n") + 1].splitlines() or [""]
+    head, *lines = Path(path).read_text("utf-8", "replace").split("\n")
     names, rows = head.split(","), []
     if names[:len(LOG)] != list(LOG):
         return []
-    for line in lines:
-        cells = line.split(",")                               # there are only numbers
-        try:
-            for name, cell in zip(names, cells):
+    for line in lines[:-1]:                    # what follows the last line feed is not whole
+        with suppress(ValueError):             # of what is no row
+            row = dict(zip(names, line.split(","), strict=True))       # no cell holds a comma
+            for name, cell in row.items():
                 if cell or not name.startswith("val_"):
                     LOG.get(name, float)(cell)
-        except ValueError:
-            continue
-        if len(cells) == len(names) and int(cells[0]) > 0:
-            rows.append(dict(zip(names, cells)))
+            if int(row["step"]) > 0:
+                rows.append(row)
     return rows
 
 
 def read_run(path, last_step=math.inf):
     """The sessions in a run.json that ended at last_step or before; none if it cannot be read."""
     try:
-        with open(path, encoding="utf-8") as f:
-            sessions = json.load(f)
-    except (OSError, ValueError, RecursionError):
+        sessions = list(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
-    return [session for session in sessions if isinstance(session, dict)
-            and not has(session, SESSION) and session["to_step"] <= last_step] \
-        if isinstance(sessions, list) else []
+    return [session for session in sessions
+            if not has(session, SESSION) and session["to_step"] <= last_step]

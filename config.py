@@ -18,10 +18,12 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 import tempfile
 import zlib
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 # PyTorch's threads on a CPU wait for each other in a loop, which on a machine that also does
 # something else takes the time that the others need. This ends the loop soon; it is read when
@@ -36,7 +38,9 @@ CONSTANT = re.compile(r'^(\w+) *= *(?:"[^"\n]*"|-?\d[\w.+-]*|True|False) *(?:# *
 LARGEST = {int: 2**63 - 1, float: 1e12}        # products of larger floats overflow in float32
 EXPECTED = {bool: "true or false",
             int: "a whole number, at least 0 and below 2^63",
-            float: "a number, at least 0 and at most 1e12"}
+            float: "a number, at least 0 and at most 1e12",
+            str: "text, and this is not in UTF-8: rename the file, or name the folder that "
+                 "holds it"}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -57,14 +61,13 @@ def override(namespace, argv=None, outlives_reader=False):
         argv = sys.argv[1:] if is_script else []
     comments = constants_of(namespace["__file__"])
     if "--help" in argv or "-h" in argv:
-        shown = {f"--{name}={namespace[name]!r}": comment for name, comment in comments.items()}
-        width = max(map(len, shown))
         print(f"{namespace['__doc__'].strip()}\n\nconstants and their defaults:")
-        for constant, comment in shown.items():
-            print(f"  {constant:<{width}}  {comment}")
+        for name, comment in comments.items():
+            constant = f"--{name}={namespace[name]!r}"
+            print(f"  {constant:<38}  {comment}")
         raise SystemExit(0)
     module = namespace.get("__spec__")         # of python -m extras.NAME
-    script = f"python -m {module.name}" if module else os.path.basename(namespace["__file__"])
+    script = f"python -m {module.name}" if module else Path(namespace["__file__"]).name
     for i, argument in enumerate(argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
@@ -77,14 +80,11 @@ def override(namespace, argv=None, outlives_reader=False):
         default = namespace[name]
         type_ = type(default)
         if not equals and type_ is not bool:
-            following = argv[i + 1:i + 2] or [default]
-            raise SystemExit(f"{script}: --{name} needs a value: write --{name}={following[0]}")
+            value = [*argv[i + 1:], default][0]
+            raise SystemExit(f"{script}: --{name} needs a value: write --{name}={value}")
         try:
-            text.encode("utf-8")
+            text.encode("utf-8")               # bytes in no encoding came as surrogates
             namespace[name] = parse(text if equals else "true", type_)
-        except UnicodeEncodeError:             # other bytes of the command line are surrogates
-            raise SystemExit(f"{script}: --{name}={text} is not in UTF-8; rename the file, or name "
-                             "the folder that holds it") from None
         except (KeyError, ValueError):
             raise SystemExit(f"{script}: --{name}={text}: must be {EXPECTED[type_]}; the default "
                              f"is {default!r}") from None
@@ -103,8 +103,7 @@ def parse(text, type_):
 
 def constants_of(path):
     """{name: comment} of the plain constants above the script's call of override()."""
-    with open(path, encoding="utf-8") as f:
-        above, _, _ = f.read().partition("override(globals()")
+    above, _, _ = Path(path).read_text("utf-8").partition("override(globals()")
     return dict(CONSTANT.findall(above))
 
 
@@ -156,6 +155,12 @@ def guard_streams(outlives):
         setattr(sys, name, stream)
 
 
+def say(sentence):
+    """Print on the first of the processes."""
+    if IS_MAIN:
+        print(sentence, flush=True)
+
+
 @contextmanager
 def only_watching(what):
     """Around what only shows how a run goes: when it fails, say so and go on."""
@@ -185,14 +190,14 @@ def check_drawing(temperature=1.0, top_p=1.0, repetition_penalty=1.0):
 def check_output(name, path):
     """SystemExit, before the work, if no file can be written to `path`, the constant `name`."""
     try:
-        with suppress(FileNotFoundError):
-            os.lstat(path)                     # refuses names that no file can have
-        is_new = os.path.basename(path) and not os.path.lexists(path)
-        if not is_new and not os.path.isfile(path):            # a folder, /dev/null, a pipe
+        try:
+            is_file = stat.S_ISREG(os.stat(path).st_mode)      # not a folder, /dev/null, a pipe
+        except FileNotFoundError:
+            is_file = os.path.basename(path)
+        if not is_file:
             raise OSError(errno.EINVAL, "no file can have this name")
-        folder = os.path.dirname(os.path.abspath(path))
-        while not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
+        parents = Path(path).absolute().parents
+        folder = next(filter(os.path.lexists, parents), path)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:     # ValueError: a NUL in the name
         raise SystemExit(f"--{name}={path!r}: cannot be written: "
@@ -208,7 +213,7 @@ def only_user_of(name, folder):
     """
     if not folder:
         raise SystemExit(f"--{name}=: must name a folder")
-    check_output(name, os.path.join(folder, "x"))
+    check_output(name, f"{folder}/x")
     missing = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
     file = locked(folder)
@@ -224,7 +229,7 @@ def locked(folder):
     """A file that is open as long as this process has the folder to itself."""
     if os.name == "nt":
         import msvcrt
-        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+        file = os.open(f"{folder}/.lock", os.O_RDWR | os.O_CREAT)
         lock = lambda: msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
@@ -234,7 +239,6 @@ def locked(folder):
         lock()
     except OSError as error:                  # others: a file system without locks
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            os.close(file)
             raise SystemExit(f"{folder}: another process is writing there; wait for its end, or "
                              "name another folder") from None
     return file
@@ -259,8 +263,7 @@ def whole_file(path, mode="w"):
             os.fsync(f.fileno())
         os.replace(aside, path)
     except BaseException:
-        if os.path.exists(aside):
-            os.remove(aside)
+        Path(aside).unlink(missing_ok=True)
         raise
 
 

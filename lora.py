@@ -22,15 +22,11 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         out_dim, in_dim = self.weight.shape
-        with self.weight.device:
-            a = torch.empty(rank, in_dim)
-            b = torch.zeros(out_dim, rank)
-            scale = torch.tensor(alpha / rank)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))                  # as in the authors' code
-        self.lora_a = nn.Parameter(a)
-        self.lora_b = nn.Parameter(b)
+        self.lora_a = nn.Parameter(torch.empty(rank, in_dim))
+        self.lora_b = nn.Parameter(torch.zeros(out_dim, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))        # as in the authors' code
         # a buffer, so that merge() needs nothing but the weights of a checkpoint
-        self.register_buffer("lora_scale", scale)
+        self.register_buffer("lora_scale", torch.tensor(alpha / rank))
 
     def forward(self, x):                                            # (..., in) -> (..., out)
         y = F.linear(x, self.weight, self.bias)
@@ -40,36 +36,34 @@ class LoRALinear(nn.Module):
 
 
 def add(model, rank, alpha, seed):
-    """Freeze the model and put a LoRALinear in the place of each matrix of its blocks."""
+    """Freeze the model and put a LoRALinear in the place of each matrix of its blocks.
+
+    The updates are made on the CPU: the model moves to its device afterwards.
+    """
     model.requires_grad_(False)
     torch.manual_seed(seed)                    # the same start in all processes
-    for block in model.blocks:
-        for layer in block.attention, block.ffn:
-            for name, child in list(layer.named_children()):
-                if isinstance(child, nn.Linear):
-                    replacement = LoRALinear(child, rank, alpha)
-                    setattr(layer, name, replacement)
+    for name, module in list(model.blocks.named_modules()):
+        if isinstance(module, nn.Linear):
+            replacement = LoRALinear(module, rank, alpha)
+            model.blocks.set_submodule(name, replacement)
 
 
 def merge(weights):
-    """A state dict with every update added to its matrix; one without updates comes back as it is.
+    """The weights of a state dict, as a new dict, with every update added to its matrix.
 
-    Raises ValueError if a part of an update is missing or does not fit.
+    Raises ValueError if an update, known by its scale, has not all its parts or does not fit.
     """
-    merged, layers = {}, set()
-    for name, weight in weights.items():
-        layer, is_update, _ = str(name).rpartition(".lora_")
-        if is_update:
-            layers.add(layer)
-        else:
-            merged[name] = weight
-    for layer in layers:
-        name = f"{layer}.weight"
+    merged = dict(weights)
+    for name in weights:
+        layer, is_update, _ = str(name).rpartition(".lora_scale")
+        if not is_update:
+            continue
         try:
-            parts = [weights[f"{layer}.lora_{part}"] for part in ("a", "b", "scale")]
+            parts = [merged.pop(f"{layer}.lora_{part}") for part in ("a", "b", "scale")]
             a, b, scale = [part.float() for part in parts]     # even if the weights are not
-            weight = merged[name].float() + scale * (b @ a).view_as(merged[name])
-            merged[name] = weight.to(merged[name].dtype)
+            weight = merged[f"{layer}.weight"]
+            total = weight.float() + scale * (b @ a).view_as(weight)
+            merged[f"{layer}.weight"] = total.to(weight.dtype)
         except (KeyError, RuntimeError, AttributeError):       # missing, misshapen, no tensor
             raise ValueError(f"the update of the weight {layer} is not whole") from None
     return merged

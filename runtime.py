@@ -14,9 +14,11 @@ import sys
 import sysconfig
 import threading
 import time
+import timeit
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +37,10 @@ RANK = int(os.environ.get("RANK", 0))                          # torchrun sets t
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # among those of this machine
 LOCAL_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+EVERYONE = [f"process {rank}" for rank in range(WORLD_SIZE)]   # named so to each other
+# columns of log.csv in the picture; nats per token, but per pair of answers in dpo.py
+CURVES = [("loss", "-", "training"), ("val_loss", "o-", "validation"),
+          ("val_accuracy", "s-", "accuracy of held-out pairs")]
 TORCHRUN_ANSWERS = timedelta(seconds=30)
 
 if torch.__version__ < OLDEST:
@@ -57,14 +63,14 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
-    def print(self, *words):
+    def print(self, sentence):
         """Print, on the main process only and above the progress bar."""
         if self.is_main:
-            tqdm.write(" ".join(map(str, words)))
+            tqdm.write(sentence)
             sys.stdout.flush()
 
 
-def start(device, batch_rows=1, constants=(), offload=False):
+def start(device, batch_rows=1, constants={}, offload=False):
     """Join the processes that torchrun started, or be the only one; returns a Process.
 
     device: auto (CUDA, else Apple's MPS, else CPU) or one of cuda, mps, cpu. offload: they will
@@ -84,7 +90,6 @@ def start(device, batch_rows=1, constants=(), offload=False):
     if batch_rows < WORLD_SIZE:
         raise SystemExit(f"a batch of {batch_rows} rows or pairs (batch_tokens / max_seq_len, or "
                          f"batch_pairs), but {WORLD_SIZE} processes need one each at least")
-    process = Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
     if WORLD_SIZE > 1:
         threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
         wait_for_others()
@@ -95,8 +100,8 @@ def start(device, batch_rows=1, constants=(), offload=False):
         dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
                                 store=dist.PrefixStore("group", message_store()),
                                 device_id=device if nccl else None)
-        check_equal(constants, process)
-    return process
+        check_equal(constants)
+    return Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
 
 
 def choose_device(name):
@@ -106,25 +111,27 @@ def choose_device(name):
         usable.insert(0, "mps")
     if torch.cuda.is_available():
         usable.insert(0, "cuda")
-    problem = None if "cuda" in usable else unusable_card()
+    problem = "" if "cuda" in usable else unusable_card()
     if name == "auto":
         name = usable[0]
-        if problem and config.IS_MAIN:
-            print(problem, flush=True)
+        if problem:
+            config.say(problem)
     if name not in usable:
-        reason = f". {problem}" if name == "cuda" and problem else ""
-        raise SystemExit(f"--device={name} is not usable here, but {', '.join(usable)} is{reason}")
+        sentence = f"--device={name} is not usable here, but {', '.join(usable)} is. {problem}"
+        raise SystemExit(sentence.rstrip())
+    if name != "cuda":
+        return torch.device(name)
     n_cards = torch.cuda.device_count()
-    if name == "cuda" and LOCAL_RANK >= n_cards:
+    if LOCAL_RANK >= n_cards:
         raise SystemExit(f"{LOCAL_SIZE} processes on this machine, but {n_cards} GPUs: "
                          f"torchrun --nproc_per_node={n_cards}")
-    return torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
+    return torch.device(name, LOCAL_RANK)
 
 
 def unusable_card():
-    """A sentence about an NVIDIA card that PyTorch cannot use; None if there is no such card."""
+    """A sentence about an NVIDIA card that PyTorch cannot use; "" if there is no such card."""
     if not (os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")):
-        return None
+        return ""
     if not torch.version.cuda:
         return (f"This machine has an NVIDIA card, but PyTorch {torch.__version__} was built "
                 "without CUDA: install another build (the README has the commands)")
@@ -161,13 +168,13 @@ def wait_for_others():
     """Wait until all processes are about to begin; SystemExit if one of them cannot."""
     try:
         message_store().set(f"process {RANK}", "")
-        messages = [message_store().get(f"process {other}") for other in range(WORLD_SIZE)]
+        messages = [message_store().get(name) for name in EVERYONE]
     except dist.DistError as error:
         raise SystemExit(f"process {RANK}: the others did not come ({error}); see what they say"
                          ) from None
-    for other, message in enumerate(messages):
+    for name, message in zip(EVERYONE, messages):
         if message:
-            raise SystemExit(f"process {other} cannot begin: {message.decode()}")
+            raise SystemExit(f"{name} cannot begin: {message.decode()}")
 
 
 @contextmanager
@@ -181,8 +188,7 @@ def ending_together():
             with suppress(dist.DistError):                     # the others may have ended, too
                 message_store().set(f"process {RANK}",
                                     stopped.code if is_sentence else "it was stopped")
-                everyone = [f"process {other}" for other in range(WORLD_SIZE)]
-                message_store().wait(everyone, timedelta(minutes=1))
+                message_store().wait(EVERYONE, timedelta(minutes=1))
         raise
 
 
@@ -200,14 +206,14 @@ def override(namespace):
         if not constants["resume"]:
             return constants
         path = f"{constants['out_dir']}/last.pt"
-        stage = os.path.basename(namespace["__file__"]).removesuffix(".py")
+        stage = Path(namespace["__file__"]).stem
         earlier = checkpoints.read_constants(path, constants, stage)
         namespace.update(earlier)
         constants = config.override(namespace, outlives_reader=True)     # the command line again
         changed = [f"{name} (then {value!r}, now {constants[name]!r})"
                    for name, value in earlier.items() if constants[name] != value]
-        if earlier and config.IS_MAIN:
-            print(f"the constants of {path}; changed: {', '.join(changed) or 'none'}", flush=True)
+        if earlier:
+            config.say(f"the constants of {path}; changed: {', '.join(changed) or 'none'}")
         return constants
 
 
@@ -226,12 +232,12 @@ def total(values, process):
     return sums.tolist()
 
 
-def check_equal(constants, process):
+def check_equal(constants):
     """SystemExit on every process if they run different constants; names those that differ."""
-    everyone = [None] * process.world_size
+    everyone = [None] * WORLD_SIZE
     dist.all_gather_object(everyone, constants)
-    differ = [name for name in constants
-              if any(other.get(name) != everyone[0].get(name) for other in everyone)]
+    differ = [name for name, value in constants.items()
+              if any(other.get(name) != value for other in everyone)]
     if differ:
         dist.destroy_process_group()
         raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the "
@@ -263,8 +269,6 @@ def check_sharding(shard, offload, compile, dtype, batch, process):
     if dtype == "float16" or compile == "on":
         raise SystemExit(f"--shard={shard} works with neither --dtype=float16 nor --compile=on")
     process.print(f"--shard={shard}: no samples are drawn and nothing is compiled")
-    if offload and process.device.type == "cpu":
-        process.print("--offload: nothing is gained on a CPU, all is in the host's memory already")
 
 
 def parallel(model, process, shard, dtype, offload=False):
@@ -279,9 +283,8 @@ def parallel(model, process, shard, dtype, offload=False):
     if process.world_size == 1:
         model.no_sync = nullcontext
         return model
-    devices = [process.device] if process.device.type == "cuda" else None
     # as views of the buckets the gradients are not there twice
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def finish(process, code, step, best, out_dir, title):
@@ -299,7 +302,6 @@ def finish(process, code, step, best, out_dir, title):
         dist.destroy_process_group()
     if process.world_size > 1:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 
@@ -386,7 +388,7 @@ def load_model(path, tokenizer="", device="auto", dtype="auto"):
 
 
 def compiled(model, choice, process, tokens):
-    """The model, compiled if choice (auto | on | off) says so.
+    """Compile the model if choice (auto | on | off) says so.
 
     auto: on CUDA where Triton is installed, and on a CPU with a C++ compiler for runs of many
     tokens: the speed of the steps (1.4 times on a CPU) then repays the half minute at the start.
@@ -394,17 +396,16 @@ def compiled(model, choice, process, tokens):
     """
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"--compile={choice}: choose auto, on or off")
-    device = process.device.type
+    wanted, device = choice == "on", process.device.type
     if choice == "auto" and device == "cuda":
-        choice = "on" if importlib.util.find_spec("triton") else "off"
+        wanted = importlib.util.find_spec("triton")
     elif choice == "auto" and device == "cpu":
-        header = os.path.join(sysconfig.get_path("include"), "Python.h")
+        header = Path(sysconfig.get_path("include"), "Python.h")
         has_compiler = shutil.which("g++") or shutil.which("clang++")
         is_long = tokens * model.flops_per_token(0) > 2e14
-        choice = "on" if is_long and has_compiler and os.path.exists(header) else "off"
-    if choice == "on":
+        wanted = is_long and has_compiler and header.exists()
+    if wanted:
         model.compile()
-    return model
 
 
 def rows_that_fit(model, process, dtype, batch_rows, T):
@@ -415,9 +416,8 @@ def rows_that_fit(model, process, dtype, batch_rows, T):
     if process.device.type != "cuda":
         return 16
     free, _ = torch.cuda.mem_get_info(process.device)
-    weights = 0                                # of them, what is there already
-    if not model.offloads:
-        weights = 4 * model.n_params() / model.shares
+    # of the estimate, what is there already
+    weights = 0 if model.offloads else 4 * model.n_params() / model.shares
     rows, share = 1, batch_rows / process.world_size
     while rows < share and (model.bytes_to_train(2 * rows, T, DTYPES[dtype]) - weights
                             < 0.9 * free):
@@ -442,12 +442,9 @@ def matmul_rate(device, dtype):
     while n < 8192 and seconds < 0.01:         # until a product takes 10 ms
         n *= 2
         a = torch.randn(n, n, device=device, dtype=DTYPES[dtype])
-        times = []
-        for _ in range(3):                     # the first warms up; .item() waits for the device
-            began = time.perf_counter()
-            (a @ a)[0, 0].item()
-            times.append(time.perf_counter() - began)
-        seconds = min(times)
+        product = lambda: (a @ a)[0, 0].item()                 # .item() waits for the device
+        # the first of the three warms up
+        seconds = min(timeit.repeat(product, timer=time.perf_counter, repeat=3, number=1))
     return 2 * n**3 / seconds
 
 
@@ -456,10 +453,10 @@ def hardware(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            if found := re.search("model name\\s*: (.*)", f.read()):
-                name = found[1]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search("model name\\s*: (.*)", cpuinfo.read_text("utf-8"))
+        name = found[1] if found else name
     return f"{name}, threads: {torch.get_num_threads()}"
 
 
@@ -511,11 +508,13 @@ def memory_as_text(model, rows, T, dtype):
 
 
 def seconds_as_text(seconds):
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
 
 
 @contextmanager
@@ -527,8 +526,7 @@ def memory_advice(constants):
     try:
         yield
     except RuntimeError as error:
-        is_memory = re.search("out of memory|allocate memory", str(error))
-        if not (is_memory or isinstance(error, torch.OutOfMemoryError)):
+        if not re.search("out of memory|allocate memory", str(error)):
             raise
         rows = constants["micro_batch"]
         advice = "rows of half the length (--max_seq_len), --recompute, or a smaller model"
@@ -561,7 +559,7 @@ def batch_rows(step, batch_size, n_rows, seed):
 def micro_batches(rows, micro_batch, process):
     """This process's share of the global batch, cut into pieces of at most micro_batch rows."""
     share = rows[process.rank::process.world_size]
-    return [share[i:i + micro_batch] for i in range(0, len(share), micro_batch)]
+    return np.split(share, range(micro_batch, len(share), micro_batch))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -622,12 +620,11 @@ class Meter:
         steps_per_s = (step - self.last) / (now - self.clock)
         tokens_per_s = steps_per_s * row["tokens"] / step
         left = seconds_as_text((self.max_steps - step) / steps_per_s)
-        words = (f"step {step:>6}/{self.max_steps}", f"loss {row['loss']:.4f}",
-                 f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}",
-                 f"{tokens_per_s:,.0f} tokens/s", f"{left} left",
-                 *([f"{skipped} skipped"] if skipped else []))
-        self.process.print("  ".join(words))
-        self.clock, self.last = time.perf_counter(), step
+        overflows = f"  {skipped} skipped" if skipped else ""
+        self.process.print(
+            f"step {step:>6}/{self.max_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:.2f}  {tokens_per_s:,.0f} tokens/s  {left} left{overflows}")
+        self.clock, self.last = now, step
 
     @contextmanager
     def paused(self):
@@ -661,25 +658,20 @@ class Meter:
 def draw_curve(out_dir, title):
     """log.csv -> curve.png, loss over steps; returns the picture's path, or why there is none."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return "no curve drawn: pip install matplotlib"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     rows = checkpoints.read_log(f"{out_dir}/log.csv")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    series, unit = [("loss", "-", "training"), ("val_loss", "o-", "validation")], "nats per token"
-    if rows and "val_accuracy" in rows[0]:                     # of dpo.py
-        series.append(("val_accuracy", "s-", "accuracy of held-out pairs"))
-        unit = "nats per pair"
-    for name, style, label in series:
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        axes.plot(*zip(*points), style, lw=1, ms=3, alpha=0.7, label=label)
-    axes.set(xlabel="optimizer step", ylabel=f"loss, {unit}", title=title)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style, label in CURVES:
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        if points:
+            axes.plot(*zip(*points), style, lw=1, ms=3, alpha=0.7, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = f"{out_dir}/curve.png"
     with config.whole_file(picture, "wb") as f:
         figure.savefig(f, format="png", dpi=120)
-    plt.close(figure)
     return picture

@@ -27,23 +27,23 @@ class Template(NamedTuple):
     default: str = ""          # the system turn of a dialogue without one
 
     def written(self, messages, ask=False):
-        """Yield (form, text, role, counts): the pieces of a dialogue, in order.
+        """Yield (form, text, counts): the pieces of a dialogue, in order.
 
         The piece is the form with the text in the place of {}; counts: whether it is learnt. The
         last header belongs to a message that is still to come where `ask` is true.
         """
         turns = self.turns(messages)
-        yield self.begin, "", "", False
+        yield self.begin, "", False
         for i, turn in enumerate(turns, 1):
             role, text = turn["role"], turn["content"]
             if role == "assistant":
-                yield self.header + self.no_thoughts * (i == len(turns)), "", "", False
-                yield self.answer, text, role, turn.get("train", True)
-                yield self.tail, "", "", False
+                yield self.header + self.no_thoughts * (i == len(turns)), "", False
+                yield self.answer, text, turn.get("train", True)
+                yield self.tail, "", False
             else:
-                yield {"system": self.system, "user": self.user}[role], text, role, False
+                yield getattr(self, role), text, False
         if ask:
-            yield self.header + self.no_thoughts, "", "", False
+            yield self.header + self.no_thoughts, "", False
 
     def turns(self, messages):
         """The messages as the template wants them: texts stripped, or joined; a system text."""
@@ -57,13 +57,9 @@ class Template(NamedTuple):
         return [{"role": "system", "content": self.default}] * bool(self.default) + turns
 
     def text(self, messages, ask, tokens):
-        """A dialogue as one text. tokens: {"{bos}": text, "{eos}": text}"""
-        result = ""
-        for form, text, *_ in self.written(messages, ask):
-            for name, token in tokens.items():
-                form = form.replace(name, token)
-            result += form.replace("{}", text)
-        return result
+        """A dialogue as one text. tokens: {"bos": text, "eos": text}"""
+        pieces = self.written(messages, ask)
+        return "".join(form.format(text, **tokens) for form, text, _ in pieces)
 
 
 def joined(messages, joint):
@@ -75,7 +71,7 @@ def joined(messages, joint):
         elif turns and turns[-1]["role"] == "user":
             turns[-1]["content"] += joint + message["content"]
         else:
-            turns.append({"role": "user", "content": message["content"]})
+            turns.append({**message, "role": "user"})
     return turns
 
 
@@ -119,8 +115,8 @@ TEMPLATES = [
 def find(controls, tokens, jinja, otherwise):
     """The template of a vocabulary; None if its folder has a Jinja template that is not known.
 
-    controls: its control tokens; tokens: {"{bos}": text, "{eos}": text}; jinja: "" if there is
-    none; otherwise: the template of a vocabulary that shows no sign of any.
+    controls: its control tokens; tokens: {"bos": text, "eos": text}; jinja: "" if there is none;
+    otherwise: the template of a vocabulary that shows no sign of any.
     """
     possible = [template for template in TEMPLATES if controls.keys() >= set(template.marks)]
     if jinja:
@@ -131,7 +127,7 @@ def find(controls, tokens, jinja, otherwise):
 def of_jinja(source, possible, tokens):
     """The possible template that writes dialogues as a Jinja template does; None if none does.
 
-    tokens: {"{bos}": text, "{eos}": text}. The texts around a system text are read from what it
+    tokens: {"bos": text, "eos": text}. The texts around a system text are read from what it
     renders. It may refuse a system text, or put it elsewhere in a longer dialogue, as Mistral's.
     """
     try:
@@ -141,12 +137,11 @@ def of_jinja(source, possible, tokens):
         raise SystemExit("pip install jinja2 to read chat templates") from None
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])   # as transformers has it
-    environment.globals["raise_exception"] = refuse
-    names = dict(bos_token=tokens["{bos}"], eos_token=tokens["{eos}"], enable_thinking=False,
+    names = dict(bos_token=tokens["bos"], eos_token=tokens["eos"], enable_thinking=False,
                  tools=None, documents=None)                   # no date: Llama 3 takes a fixed one
 
     def render(messages, ask=False):
-        try:                                                   # a template may raise anything
+        try:                     # a template may raise anything; raise_exception() is undefined
             return environment.from_string(source).render(
                 messages=messages, add_generation_prompt=ask, **names)
         except Exception:
@@ -182,7 +177,3 @@ def system_text(template, rendered, tokens):
     frame = map(re.escape, template.text(messages, False, tokens).split("\0"))
     found = re.fullmatch("(.*)".join(frame), rendered, re.DOTALL)
     return found[1] if found else ""
-
-
-def refuse(message):
-    raise ValueError(message)

@@ -34,6 +34,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import templates
 
@@ -42,6 +43,11 @@ SPACE = "\u2581"                                    # sentencepiece writes a spa
 # How GPT-2 cuts a text into words before it merges bytes. Source: openai/gpt-2, src/encoder.py.
 GPT2_SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
               r"|\s+(?!\S)|\s+")
+# {character: byte} of byte-level vocabularies, which write a space as Ġ. Source: the same file.
+SHOWN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
+HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
+BYTE_OF = {chr(byte): byte for byte in SHOWN}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
 # The end of a document, by its name in Qwen's and GPT-2's, Llama 3's and Llama 2's vocabularies.
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
 DOCUMENT_STARTS = ["<|begin_of_text|>", "<s>"]
@@ -150,9 +156,9 @@ class Tokenizer:
                 "continue texts, but not chat; to fine-tune it in the form `Human: ... Assistant: "
                 "...`, delete chat_template.jinja, or chat_template in tokenizer_config.json")
         run, continues = "", False
-        for form, text, role, counts in self.template.written(messages, ask):
+        for form, text, counts in self.template.written(messages, ask):
             ids = []
-            if role == "assistant" and run:
+            if form == self.template.answer and run:
                 yield self._encode_run(run, continues), False
                 run, continues = "", True
             for piece in self._in_forms.split(form):
@@ -197,11 +203,7 @@ class StreamDecoder:
 
 def whole_characters(text):
     """The text with every lone surrogate, which stands for no character, replaced by U+FFFD."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # ---- sentencepiece ------------------------------------------------------------------------------
@@ -214,8 +216,7 @@ def from_sentencepiece(path, folder="", spec=None):
     """
     import sentencepiece
     try:
-        with open(path, "rb") as f:
-            data = f.read()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; `python train_tokenizer.py` makes a tokenizer "
                          "(--tokenizer=gpt2 takes a ready one)") from None
@@ -231,7 +232,7 @@ def from_sentencepiece(path, folder="", spec=None):
     controls = {name: id for id, name in enumerate(names) if sp.is_control(id)}
     eos_id = sp.eos_id()
     bos_id = sp.bos_id() if sp.bos_id() >= 0 else eos_id
-    tokens = {"{bos}": names[bos_id], "{eos}": names[eos_id]}
+    tokens = {"bos": names[bos_id], "eos": names[eos_id]}
     jinja = chat_template(folder) if folder else ""
     template = templates.find(controls, tokens, jinja, templates.QUESTION)
     encode_batch = partial(sp.encode, num_threads=1)
@@ -272,12 +273,13 @@ def piece_bytes(sp, id, name):
     """The UTF-8 that a sentencepiece id stands for; b"" for control, unknown and unused ids."""
     if sp.is_control(id) or sp.is_unknown(id) or sp.is_unused(id):
         return b""
-    return bytes.fromhex(name[3:5]) if sp.is_byte(id) else utf8_of(name)
+    return bytes_of(name)
 
 
-def utf8_of(name):
-    """The UTF-8 of a piece's name, in which U+2581 stands for a space."""
-    return name.replace(SPACE, " ").encode("utf-8")
+def bytes_of(name):
+    """The UTF-8 of a piece's name, in which <0x0A> stands for a byte and U+2581 for a space."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
+    return bytes.fromhex(byte[1]) if byte else name.replace(SPACE, " ").encode("utf-8")
 
 
 # ---- tiktoken -----------------------------------------------------------------------------------
@@ -354,8 +356,7 @@ def from_folder(folder):
 
 def is_rank_file(path):
     """Whether a file begins like tiktoken's: a piece in base64, and its rank."""
-    with open(path, "rb") as f:
-        return re.match(rb"[\w+/]+=* \d+\n", f.read(256)) is not None
+    return re.match(rb"[\w+/]+=* \d+\n", Path(path).read_bytes())
 
 
 def from_tokenizer_json(folder, spec, added):
@@ -369,7 +370,7 @@ def from_tokenizer_json(folder, spec, added):
     if eos is None:
         raise SystemExit(f"{folder}: its tokenizer_config.json and config.json name no eos token "
                          "of tokenizer.json")
-    tokens = {"{bos}": bos or "", "{eos}": eos}
+    tokens = {"bos": bos or "", "eos": eos}
     template = templates.find(added, tokens, chat_template(folder), templates.HUMAN)
     if template and template.answer.endswith("{}" + eos):      # it ends a turn, but not a document
         eos = next((name for name in DOCUMENT_ENDS if name in added), eos)
@@ -463,10 +464,9 @@ def named_token(folder, kind, added):
 
 def chat_template(folder):
     """The Jinja source of a folder's chat template, "" if it has none."""
-    path = f"{folder}/chat_template.jinja"
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read()
+    path = Path(folder, "chat_template.jinja")
+    if path.exists():
+        return path.read_text("utf-8", "replace")
     found = read_json(f"{folder}/tokenizer_config.json").get("chat_template")
     for entry in found if isinstance(found, list) else []:     # several with names
         if isinstance(entry, dict) and entry.get("name") == "default":
@@ -478,31 +478,15 @@ def json_piece_bytes(piece, byte_level):
     """The UTF-8 that a piece of a tokenizer.json stands for."""
     if byte_level and set(piece) <= BYTE_OF.keys():
         return bytes(BYTE_OF[character] for character in piece)
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-    return bytes.fromhex(byte[1]) if byte else utf8_of(piece)
-
-
-def byte_characters():
-    """{character: byte} of byte-level vocabularies, which write a space as Ġ.
-
-    Source: openai/gpt-2, src/encoder.py.
-    """
-    shown = {byte for byte in range(33, 256) if chr(byte).isprintable()}
-    hidden = sorted(set(range(256)) - shown)
-    characters = {chr(byte): byte for byte in shown}
-    return characters | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-BYTE_OF = byte_characters()
+    return bytes_of(piece)
 
 
 def read_json(path):
     """The object of a JSON file, {} where there is no such file; SystemExit if it is not whole."""
-    if not os.path.exists(path):
-        return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+        content = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(content, dict):
