@@ -283,8 +283,9 @@ def parallel(model, process, shard, dtype, offload=False):
     if process.world_size == 1:
         model.no_sync = nullcontext
         return model
+    devices = [process.device] if process.device.type == "cuda" else None
     # as views of the buckets the gradients are not there twice
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def finish(process, code, step, best, out_dir, title):
