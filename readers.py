@@ -36,6 +36,7 @@ ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar
             b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Office file"}
 ASCII_BASED = {"utf-8", "gb18030", "big5hkscs"}         # encodings in which ASCII is one byte
 REFUSED = {*ARCHIVES.values(), "tar archive", "binary file"}
+LENIENT = json.JSONDecoder(strict=False)                # takes control characters in strings
 
 
 class Bad(Exception):
@@ -91,7 +92,7 @@ def records(path, cut="line", progress=None):
     problems, seen = [], 0                            # problems: Bad of the file as a whole
     with raw:
         for record in itertools.chain(reader(raw, cut, problems), problems):
-            if is_deeper(record, MAX_DEPTH):
+            if isinstance(record, (dict, list)) and is_deeper(record, MAX_DEPTH):
                 yield Bad("nested too deeply")
             else:
                 yield from inner_records(record)
@@ -103,11 +104,11 @@ def records(path, cut="line", progress=None):
 
 
 def is_deeper(value, depth):
-    """Whether lists and objects are nested more than `depth` deep."""
-    if not isinstance(value, (dict, list)) or depth == 0:
-        return isinstance(value, (dict, list))
+    """Whether the lists and objects in a list or object are nested more than `depth` deep."""
+    if depth == 0:
+        return True
     for part in value.values() if isinstance(value, dict) else value:
-        if isinstance(part, (dict, list)) and is_deeper(part, depth - 1):    # no call for strings
+        if isinstance(part, (dict, list)) and is_deeper(part, depth - 1):
             return True
     return False
 
@@ -157,7 +158,7 @@ def blocks(raw, problems):
         yield head                                    # ASCII is the same in all encodings
         head = take(data, 4096)
         encoding = encoding_of(head)
-    while encoding in ASCII_BASED and len(head) < 1 << 20 and is_nearly_ascii(head):
+    while encoding in ASCII_BASED and len(head) < 1 << 20 and len(high_bytes(head)) < 256:
         more = take(data, len(head))                  # a few bytes may be damage, and decide nothing
         if not more:
             break
@@ -171,10 +172,8 @@ def blocks(raw, problems):
         yield head.removeprefix(codecs.BOM_UTF8)
         yield from data
     else:
-        decode = codecs.getincrementaldecoder(encoding)("replace").decode
-        for block in itertools.chain([head], data):
-            yield decode(block).encode("utf-8")
-        yield decode(b"", True).encode("utf-8")
+        for text in codecs.iterdecode(itertools.chain([head], data), encoding, "replace"):
+            yield text.encode("utf-8")
 
 
 def archive_of(magic, head):
@@ -196,15 +195,15 @@ def take(data, n, stop=b"\0\0\0\0"):
     return b"".join(parts)
 
 
-def is_nearly_ascii(block):
-    """Whether a block has few bytes that tell encodings apart."""
-    return len(block.translate(None, bytes(range(128)))) < 256
+def high_bytes(block):
+    """The bytes that are not ASCII: those that tell encodings apart."""
+    return block.translate(None, bytes(range(128)))
 
 
 def encoding_of(block):
     """The encoding that fits the bytes best; None for ASCII, "binary file" if they are no text."""
     n, zeros = len(block), block.count(0)
-    high = block.translate(None, bytes(range(128)))
+    high = high_bytes(block)
     broken = block.decode("utf-8", "replace").count("\ufffd") * 5 > len(high)   # a few are damage
     if block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if broken and (zeros or 2 * len(high) > n):
@@ -229,7 +228,6 @@ def encoding_of(block):
 
 def unpacked(raw, problems):
     """Yield the bytes of a plain, .gz, .bz2, .xz or .zst file, as far as it can be unpacked."""
-    raw.seek(0)
     magic = raw.peek(6)[:6]
     package = next((module for start, module in PACKED.items() if magic.startswith(start)), None)
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
@@ -285,23 +283,21 @@ def lines(data, problems):
 
 def json_records(first, data, problems):
     """Yield the values of JSONL, of a JSON array, or of JSON objects in sequence, pretty or not."""
-    line, scan = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).raw_decode
-    try:
-        value = json.loads(line)
-        per_line = isinstance(value, dict) and value != {}          # {} may stand before anything
-    except (ValueError, RecursionError):
-        per_line = False
-    if not per_line:
+    value = json_line(first.lstrip().partition(b"\n")[0])
+    if not isinstance(value, dict) or not value:      # {} may stand before anything
         yield from json_stream(data)
         return
     for line in lines(data, problems):
-        if not line.isspace() and line:
-            text = line.decode("utf-8", "replace").strip(" \t\r\n")
-            try:
-                value, end = scan(text)
-            except (ValueError, RecursionError):
-                value, end = None, -1
-            yield value if end == len(text) else Bad("broken JSON")
+        if line and not line.isspace():
+            yield json_line(line)
+
+
+def json_line(line):
+    """The value in a line of JSONL, or Bad."""
+    try:
+        return LENIENT.decode(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return Bad("broken JSON")
 
 
 def json_stream(data):
@@ -369,15 +365,13 @@ def csv_records(data, delimiter, problems):
     csv.field_size_limit(MAX_CELL)
     taken, columns, repeats = [], None, 0             # taken: lines of this row, None at the end
 
-    def rows_of(source):
-        def noted():
-            for line in source:
-                taken.append(line)
-                yield line
-            taken.append(None)
-        return csv.reader(noted(), delimiter=delimiter)
+    def noted(source):
+        for line in source:
+            taken.append(line)
+            yield line
+        taken.append(None)
 
-    rows = rows_of(source)
+    rows = csv.reader(noted(source), delimiter=delimiter)
     while True:
         taken.clear()
         try:
@@ -392,7 +386,7 @@ def csv_records(data, delimiter, problems):
             if taken[1:-1] and repeats < 100:         # limits the time for files full of quotes
                 repeats += 1
                 source = itertools.chain(filter(None, taken[1:]), source)
-                rows = rows_of(source)
+                rows = csv.reader(noted(source), delimiter=delimiter)
         elif not columns:
             columns = [column.strip() for column in row]
         elif row:
