@@ -136,20 +136,14 @@ def train(texts):
 def measure(tok, texts):
     """How a tokenizer does on some texts."""
     encoded = tok.encode_batch(texts)
-    n_bytes, n_tokens = sum(len(text.encode("utf-8")) for text in texts), sum(map(len, encoded))
-    n_characters = sum(map(len, texts))
+    n_tokens = sum(map(len, encoded))
+    everything = "".join(texts)
+    n_characters, n_bytes = len(everything), len(everything.encode("utf-8"))
     failures = sum(tok.decode(ids) != text for text, ids in zip(texts, encoded))
     return {"texts": len(texts), "characters": n_characters, "bytes": n_bytes, "tokens": n_tokens,
             "round_trip_failures": failures,
             "characters_per_token": round(n_characters / max(n_tokens, 1), 4),
             "bytes_per_token": round(n_bytes / max(n_tokens, 1), 4)}
-
-
-def report(toks, test):
-    """{"TOKENIZER on CORPUS": figures} on the held-out texts, and on "all" of them."""
-    test = {**test, "all": [text for texts in test.values() for text in texts]}
-    return {f"{tok.name} on {corpus}": measure(tok, texts)
-            for tok in toks for corpus, texts in test.items()}
 
 
 def check_constants():
@@ -173,16 +167,18 @@ def main():
     with config.whole_file(out, "wb") as f:
         f.write(model)
     tok = load(out)
-    figures = report([tok, *others], test)
+    test["all"] = sum(test.values(), [])
+    figures = {f"{each.name} on {corpus}": measure(each, held_out)
+               for each in (tok, *others) for corpus, held_out in test.items()}
     with config.whole_file(f"{out}.report.json") as f:
         json.dump({"constants": constants, "sha256": tok.sha256, "held_out": figures}, f,
                   ensure_ascii=False, indent=1)
     print("on held-out text:")
     print_report(figures)
     longest = sorted((piece.decode("utf-8", "replace") for piece in tok.pieces), key=len)[-20:]
-    print("longest pieces:", " ".join(json.dumps(piece, ensure_ascii=False) for piece in longest))
+    print("longest pieces:", longest)
     print(f"wrote {out}: {vocab_size:,} pieces, sha256 {tok.sha256[:8]}")
-    if not any(test.values()):
+    if not test["all"]:
         print("the report is empty: of so few documents none was held out; perhaps "
               "--test_fraction=0.2")
     if figures[f"{out} on all"]["round_trip_failures"]:
