@@ -57,17 +57,16 @@ class Bad(Exception):
 
 def files_at(path):
     """The files of a name, a folder (with those below it, but no hidden ones) or a pattern."""
-    found, seen = [], set()
-    if not os.path.isdir(path):
-        found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-    else:
-        for folder, inner, names in os.walk(path, followlinks=True):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            if os.path.realpath(folder) in seen:      # links to a folder above would never end
-                inner.clear()
-            seen.add(os.path.realpath(folder))
-            found += [os.path.join(folder, name) for name in names if not name.startswith(".")
-                      and bare(name).endswith(SUFFIXES)]
+    found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+    seen = set()
+    for folder, inner, names in os.walk(path, followlinks=True):     # of a file there is nothing
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        place = os.path.realpath(folder)
+        if place in seen:                             # links to a folder above would never end
+            inner.clear()
+        seen.add(place)
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")
+                  and bare(name).endswith(SUFFIXES)]
     once = {os.path.realpath(file): file for file in sorted(found, reverse=True)}
     return sorted(file for file in once.values() if os.path.isfile(file))
 
@@ -308,12 +307,8 @@ def json_stream(data):
     scan, separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     next_object = re.compile(r"\n[ ,]*(?=\{)|\}[ ,]*(?=\{)")
 
-    def read(n):                                      # about n more characters, "" at the end
-        got = []
-        while n > 0 and (block := next(data, b"")):
-            got.append(decode(block.translate(blank)))
-            n -= len(got[-1])
-        return "".join(got)
+    def read(n):                                      # more text, "" at the end
+        return decode(take(data, max(n, 4)).translate(blank))    # 4 bytes hold a whole character
 
     text, pos, indent, in_array, ended, value = "", 0, "", False, False, None
     while True:
