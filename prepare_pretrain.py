@@ -144,8 +144,7 @@ def collect(inputs, ids_file, signature_file):
     """Run all records through the workers and write what they make: (documents, dropped)."""
     hashing = dict(shingle=shingle, n_permutations=n_permutations, seed=seed) if dedup else None
     batched = batches(inputs, TEXT, "clean and encode")
-    n_workers = workers or os.cpu_count()
-    results = in_order(encode_batch, batched, n_workers, begin, tokenizer, hashing)
+    results = in_order(encode_batch, batched, workers, begin, tokenizer, hashing)
     documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
     with closing(results):
         for ids, new, minima, reasons in results:

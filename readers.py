@@ -149,10 +149,9 @@ def optional_package(name, path):
 
 def blocks(raw, problems):
     """Yield the content of an open file in blocks of UTF-8, unpacked and decoded."""
-    magic = raw.peek(8)[:8]
     data = unpacked(raw, problems)
     head = take(data, 4096)
-    encoding = archive_of(magic, head) or encoding_of(head)
+    encoding = archive_of(head) or encoding_of(head)
     while head and not encoding:
         yield head                                    # ASCII is the same in all encodings
         head = take(data, 4096)
@@ -175,10 +174,10 @@ def blocks(raw, problems):
             yield text.encode("utf-8")
 
 
-def archive_of(magic, head):
-    """The name of what a file is, if its first bytes, packed and unpacked, are of an archive."""
+def archive_of(head):
+    """The name of what a file is, if its first bytes are those of an archive."""
     for start, name in ARCHIVES.items():
-        if magic.startswith(start):
+        if head.startswith(start):
             return name
     return "tar archive" if head[257:262] == b"ustar" else None
 
@@ -228,12 +227,13 @@ def encoding_of(block):
 def unpacked(raw, problems):
     """Yield the bytes of a plain, .gz, .bz2, .xz or .zst file, as far as it can be unpacked."""
     magic = raw.peek(6)[:6]
-    package = next((module for start, module in PACKED.items() if magic.startswith(start)), None)
+    file = raw
+    for start, module in PACKED.items():
+        if magic.startswith(start):
+            file = module.open(raw)
+    data = iter(lambda: file.read1(BLOCK), b"")
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
         data = unpacked_zst(raw)
-    else:
-        file = package.open(raw) if package else raw
-        data = iter(lambda: file.read1(BLOCK), b"")
     try:
         yield from data
     except EOFError:
@@ -341,8 +341,9 @@ def json_stream(data):
             # else continue after the error
             start = text.find(f"\n{indent}{{", pos + 1, end + 1)
             if start < 0:
-                start = max(text.rfind("\n", pos, end + 1), pos + 1)
-                start = start if text[start:start + 1] == "\n" else max(end, pos + 1)
+                start = text.rfind("\n", pos + 1, end + 1)
+            if start < 0:
+                start = max(end, pos + 1)
             while not (following := next_object.search(text, start)) and not ended:
                 more = read(BLOCK)
                 text, start, ended = text[-1:] + more, 0, not more
@@ -433,9 +434,11 @@ def parquet_records(path, problems):
 def in_order(function, items, n_workers, begin, *arguments):
     """Yield function(item) of every item, in order, from processes that called begin(*arguments).
 
-    A few items are in progress at a time, so that reading does not run ahead of the workers. With
-    one worker all happens in this process. Raises SystemExit if a worker dies.
+    n_workers: 0 is one per core; with one worker all happens in this process. A few items are in
+    progress at a time, so that reading does not run ahead of the workers. Raises SystemExit if a
+    worker dies.
     """
+    n_workers = n_workers or os.cpu_count()
     if n_workers == 1:
         begin(*arguments)
         yield from map(function, items)
