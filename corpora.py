@@ -514,17 +514,18 @@ def document(name, record, place=""):
 
 def documents(spec):
     """Yield (corpus, clean text, or Bad with the reason) for every record, in order."""
-    return each(spec, TEXT)
+    return contents(spec, TEXT)
 
 
 def dialogues(spec):
     """Yield (corpus, [{"role", "content"}, ...], or Bad with the reason) for every record."""
-    return each(spec, CHAT)
+    return contents(spec, CHAT)
 
 
-def each(spec, table):
+def contents(spec, table, title=None):
+    """Yield (corpus, what read() returns, or Bad) for every record; clean text if table is TEXT."""
     inputs = sources(spec, table)
-    for number, name, place, record in raw_records(inputs, table):
+    for number, name, place, record in raw_records(inputs, table, title):
         try:
             if table is TEXT:
                 result = document(name, record, place)

@@ -22,7 +22,6 @@ The same input and constants give the same bytes with any number of workers.
 """
 import itertools
 import json
-import os
 import random
 import sys
 from collections import Counter
@@ -32,7 +31,7 @@ import numpy as np
 
 import config
 from cleaning import hash64
-from corpora import CHAT, PREFERENCE, Bad, batches, raw_records, read, sources
+from corpora import CHAT, PREFERENCE, Bad, batches, contents, read, sources
 from readers import in_order, interruptible, print_report
 from tokenizer import load
 
@@ -188,18 +187,15 @@ def with_typos(text, rng):
 def sharing_a_question(inputs):
     """The numbers of the inputs whose first records mostly begin with the same question."""
     found = set()
-    for number, source in enumerate(inputs):
+    for number, (corpus, _, _) in enumerate(inputs):
         questions = Counter()
-        for _, name, place, record in itertools.islice(raw_records([source], TABLE), SAMPLE):
-            try:
-                dialogues = dialogues_of(read(TABLE, name, place, record))
-                questions[first_question(dialogues)] += 1
-            except Bad:
-                continue                              # counted when all records are read
+        for _, content in itertools.islice(contents(corpus, TABLE), SAMPLE):
+            if not isinstance(content, Bad):          # those are counted when all is read
+                questions[first_question(dialogues_of(content))] += 1
         most = max(questions.values(), default=0)
         if most > 1 and most > questions.total() / 2:
             found.add(number)
-            print(f"{source[0]}: most dialogues begin with the same question, so they are split by "
+            print(f"{corpus}: most dialogues begin with the same question, so they are split by "
                   "a hash of the whole dialogue")
     return found
 
@@ -321,8 +317,9 @@ def main():
             "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus,
             "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
     with config.whole_bins(data_dir, FILES, meta) as files:
-        results = in_order(examples, batches(inputs, TABLE, "preparing"),
-                           workers or os.cpu_count(), begin, tokenizer, sharing_a_question(inputs))
+        by_dialogue = sharing_a_question(inputs)
+        batched = batches(inputs, TABLE, "preparing")
+        results = in_order(examples, batched, workers, begin, tokenizer, by_dialogue)
         with closing(results):
             shown = write(files, results, inputs, rows)
         for row in by_corpus.values():

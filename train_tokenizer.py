@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -22,7 +22,7 @@ import sentencepiece
 
 import config
 from cleaning import clean, hash64, pieces
-from corpora import CHAT, TEXT, Bad, raw_records, read, sources
+from corpora import CHAT, TEXT, Bad, contents
 from readers import interruptible, print_report
 from tokenizer import CONTROLS, SPACE, load
 
@@ -69,20 +69,16 @@ def sample(spec):
     Both are chosen by hashes, so that they do not depend on the order of the documents; no
     document is in both.
     """
-    table = CHAT | TEXT
-    inputs = sources(spec, table)
-    train, test = Smallest(sample_bytes), [Smallest(test_bytes) for _ in inputs]
-    for number, name, place, record in raw_records(inputs, table, "reading"):
-        try:
-            text = read(table, name, place, record)
-        except Bad:
+    train, test = Smallest(sample_bytes), defaultdict(lambda: Smallest(test_bytes))
+    for corpus, text in contents(spec, CHAT | TEXT, "reading"):
+        if isinstance(text, Bad):
             continue                                               # the prepare scripts count them
         if isinstance(text, list):                                 # a dialogue
             text = "\n".join(message["content"] for message in text)
         held_out = hash64(text) < test_fraction * 2**64
         for piece in pieces(text, CHUNK):
-            (test[number] if held_out else train).offer(hash64(piece), piece)
-    return train.cleaned(), {source[0]: texts.cleaned() for source, texts in zip(inputs, test)}
+            (test[corpus] if held_out else train).offer(hash64(piece), piece)
+    return train.cleaned(), {corpus: texts.cleaned() for corpus, texts in test.items()}
 
 
 def coverage(texts):
