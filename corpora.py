@@ -185,7 +185,7 @@ SPEAKERS = {"system": "system developer",
             "user": f"user human client prompter 问 {RESULTS}",
             "assistant": f"assistant gpt bot chatgpt counselor model 答 moss {CALLS}"}
 ROLES = {speaker: role for role, names in SPEAKERS.items() for speaker in names.split()}
-TOOLS = [*CALLS.split(), *RESULTS.split()]
+TOOLS = f"{CALLS} {RESULTS}".split()
 
 
 def dialogue(turns):
@@ -384,8 +384,7 @@ def moss(record):
         if any("None<eoc>" not in field(turn, "Commands") for turn in chat.values()):
             raise Bad("uses tools")
         text = "".join(optional(turn, name) for turn in chat.values() for name in ("Human", "MOSS"))
-    turns = re.findall(r"(?:<\|(\w+)\|>|\[(\w+)\]): ?(.*?)<eo[ahm]>", text, re.S)
-    return dialogue([(new or old, content) for new, old, content in turns])
+    return dialogue(re.findall(r"[<\[]\|?(\w+)\|?[>\]]: ?(.*?)<eo[ahm]>", text, re.S))
 
 
 # ---- preferences: a better and a worse answer ----------------------------------------------------
