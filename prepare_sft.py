@@ -51,10 +51,9 @@ augment_repeat = 0.05                             # probability to write one of 
 workers        = 0                                # processes; 0: one per core
 seed           = 1337                             # of the augmentation, from 0 up
 show           = 0                                # print so many training examples of each corpus
-constants = config.override(globals())
+config.override(globals())
 
 TOO_LONG = "longer than max_seq_len"              # a reason to drop a record
-NOT_IN_BYTES = "data_dir", "workers", "show"      # constants that do not change what is written
 FILES = ("train.bin", "train.mask", "train.idx", "val.bin", "val.mask", "val.idx", "test.jsonl")
 TABLE = CHAT | PREFERENCE
 SAMPLE = 1000                                     # records read to see if they share a question
@@ -314,8 +313,7 @@ def main():
     rows = {**by_corpus, **splits}             # filled in below, for meta.json as well
     meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
             "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-            "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus,
-            "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
+            "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus}
     with config.whole_bins(data_dir, FILES, meta) as files:
         by_dialogue = sharing_a_question(inputs)
         batched = batches(inputs, TABLE, "preparing")
