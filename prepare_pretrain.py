@@ -145,7 +145,7 @@ def collect(inputs, ids_file, signature_file):
     hashing = dict(shingle=shingle, n_permutations=n_permutations, seed=seed) if dedup else None
     batched = batches(inputs, TEXT, "clean and encode")
     results = in_order(encode_batch, batched, workers, begin, tokenizer, hashing)
-    documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
+    documents, dropped = [], Counter()
     with closing(results):
         for ids, new, minima, reasons in results:
             ids_file.write(ids)
