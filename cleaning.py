@@ -90,7 +90,8 @@ WEB = (
     ("the address of an author: 张三（someone@example.com）", re.compile("@"),
      re.compile(rf"(?<=[\u4e00-\u9fff])[（(]{EMAIL}[)）]"), ""),
     ("！！！！！ is ！！！", None, re.compile(r"([！!？?。，、；~～])\1\1\1+"), r"\1\1\1"),
-    ("an ellipsis has an end", None, re.compile(r"(……)…+|(\.{6})\.+|(·{6})·+"), r"\1\2\3"),
+    ("an ellipsis has an end", None, re.compile(r"………+|\.\.\.\.\.\.\.+|·······+"),
+     lambda match: match[0][:2 if match[0][0] == "…" else 6]),
     *BLANKS,                                          # again, as the removals leave blanks
 )
 
