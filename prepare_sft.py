@@ -189,7 +189,7 @@ def sharing_a_question(inputs):
     for number, (corpus, _, _) in enumerate(inputs):
         questions = Counter()
         for _, content in itertools.islice(contents(corpus, TABLE), SAMPLE):
-            if not isinstance(content, Bad):          # those are counted when all is read
+            if not isinstance(content, Bad):          # the bad ones are counted by write()
                 questions[first_question(dialogues_of(content))] += 1
         most = max(questions.values(), default=0)
         if most > 1 and most > questions.total() / 2:
@@ -207,7 +207,7 @@ def write(files, results, inputs, rows):
     """
     seen, shown, n_shown, ends = set(), [], Counter(), Counter()
     for split in "train", "val":
-        files[f"{split}.idx"].write(np.array([0], "<i8"))
+        files[f"{split}.idx"].write(bytes(8))         # the first example begins at 0
     for number, result in itertools.chain.from_iterable(results):
         corpus = inputs[number][0]
         row = rows[corpus]
@@ -272,8 +272,7 @@ def print_examples(tok, shown):
     for name, id in {**tok.controls, "<bos>": tok.bos_id, "<eos>": tok.eos_id}.items():
         pieces[id] = name.encode()
     for ids, mask in shown:
-        ids, mask = ids.tolist(), mask.tolist()
-        print(f"\n--- an example of {len(ids)} tokens, of which {sum(mask)} count in the loss, "
+        print(f"\n--- an example of {len(ids)} tokens, of which {mask.sum()} count in the loss, "
               f"marked {on}like this{off}")
         for counts, run in itertools.groupby(zip(ids, mask), key=lambda token: token[1]):
             data = b"".join(pieces[id] for id, _ in run)
