@@ -198,7 +198,7 @@ def dialogue(turns):
     """
     system, messages = [], []
     for speaker, content, *train in turns:
-        name = speaker.lower() if isinstance(speaker, str) else None
+        name = str(speaker).lower()
         role = ROLES.get(name)
         content = normalise(content)
         if role is None:
@@ -206,7 +206,8 @@ def dialogue(turns):
         if "\ufffd" in content:
             raise Bad("broken characters")
         if role == "system" and not messages:
-            system += [content] if content and content not in system else []
+            if content and content not in system:
+                system.append(content)
         elif role == ("user", "assistant")[len(messages) % 2]:
             if not content:
                 raise Bad("empty turn of a tool" if name in TOOLS else "empty turn")

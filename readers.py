@@ -157,7 +157,7 @@ def blocks(raw, problems):
         head = take(data, 4096)
         encoding = encoding_of(head)
     while encoding in ASCII_BASED and len(head) < 1 << 20 and len(high_bytes(head)) < 256:
-        more = take(data, len(head))                  # a few bytes may be damage, and decide nothing
+        more = take(data, len(head))                  # a few bytes, perhaps damage, must not decide
         if not more:
             break
         head += more
