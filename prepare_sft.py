@@ -261,8 +261,9 @@ def print_figures(rows):
     n_records = sum(row.get("records", 0) for row in rows.values())
     n_too_long = sum(row.get("dropped", {}).get(TOO_LONG, 0) for row in rows.values())
     if n_too_long > n_records / 20:
-        print(f"dropped as longer than --max_seq_len={max_seq_len}: {n_too_long:,} of {n_records:,} "
-              "records. A larger one keeps them, for a model whose context is as long")
+        print(f"dropped as longer than --max_seq_len={max_seq_len}: {n_too_long:,} of "
+              f"{n_records:,} records. A larger one keeps them, for a model whose context is as "
+              "long")
 
 
 def print_examples(tok, shown):
