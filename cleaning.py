@@ -5,13 +5,14 @@ A rule that cannot know what the author meant leaves the text alone.
 import hashlib
 import html
 import re
+import string
 import unicodedata
 
 
 def characters(*rows):
     """A pattern for single characters and its replacement, of rows (codes, replacement)."""
     table = {chr(code): replacement for codes, replacement in rows for code in codes}
-    pattern = "[" + "".join(f"\\U{ord(char):08x}" for char in table) + "]"
+    pattern = f"[{re.escape(''.join(table))}]"
     return re.compile(pattern), lambda match: table[match[0]]
 
 
@@ -28,9 +29,9 @@ CODE = (
         (range(0xE000, 0xF900), ""),                         # private use: glyphs of some web font
         (range(0xD800, 0xE000), "\ufffd"),                   # half a surrogate pair has no UTF-8
         ([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F], " "),
-        *(([code], unicodedata.normalize("NFC", chr(code))) for code in (0x37E, 0x387, 0x1FEF)),
-        *(([code], chr(code - 0xFEE0)) for first, last in ("０９", "ＡＺ", "ａｚ")    # but not ，！？
-          for code in range(ord(first), ord(last) + 1)))))
+        ([0x37E], ";"), ([0x387], "\xb7"), ([0x1FEF], "`"),  # what NFC makes of them
+        # digits and letters of full width, but not ，！？
+        *(([ord(char) + 0xFEE0], char) for char in string.digits + string.ascii_letters))))
 BLANKS = (
     ("blanks at the end of a line", re.compile("[ \t\u3000]\n"),
      re.compile(r"(?<![ \t\u3000])[ \t\u3000]+$", re.M), ""),
@@ -88,9 +89,7 @@ WEB = (
      re.compile(rf"^[ \t]*(?:{URL}|{EMAIL})[ \t]*(?:\n|\Z)", re.M), ""),
     ("the address of an author: 张三（someone@example.com）", re.compile("@"),
      re.compile(rf"(?<=[\u4e00-\u9fff])[（(]{EMAIL}[)）]"), ""),
-    ("！！！！！ is ！！！", None,
-     re.compile("|".join(re.escape(mark) * 4 + "+" for mark in "！!？?。，、；~～")),
-     lambda match: match[0][:3]),
+    ("！！！！！ is ！！！", None, re.compile(r"([！!？?。，、；~～])\1\1\1+"), r"\1\1\1"),
     ("an ellipsis has an end", None, re.compile(r"………+|\.\.\.\.\.\.\.+|·······+"),
      lambda match: match[0][:2 if match[0][0] == "…" else 6]),
     *BLANKS,                                          # again, as the removals leave blanks
@@ -99,7 +98,8 @@ WEB = (
 # No rule applies to most texts; these patterns find out three times as fast as the rules
 ODD = re.compile(CODE[2][2].pattern[:-1] + "\r\t\u2028\u2029\u3000<&@]")
 RUN = re.compile(r"([！!？?。，、；~～….·\n])\1\1")
-FENCE = re.compile(r"^[ \t]*(?:```|~~~).*$", re.M)           # opens or closes a block of code
+FENCE = r"^[ \t]*(?:```|~~~).*$"                             # opens or closes a block of code
+FENCED = re.compile(f"({FENCE}(?s:.*?){FENCE})", re.M)
 
 
 def is_suspicious(text):
@@ -114,15 +114,11 @@ def apply(rules, text):
     Not NFKC, which would turn ， into a comma and ² into 2.
     """
     if is_suspicious(text):
-        fences = [match.span() for match in FENCE.finditer(text)]
-        parts, done = [], 0
-        for (start, _), (_, end) in zip(fences[::2], fences[1::2]):
-            parts += [apply_all(rules, text[done:start]), apply_all(CODE, text[start:end])]
-            done = end
-        text = "".join([*parts, apply_all(rules, text[done:])])
-    if not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-    return trimmed(text)
+        parts = FENCED.split(text)                    # in turn outside and inside of fences
+        for i, part in enumerate(parts):
+            parts[i] = apply_all(CODE if i % 2 else rules, part)
+        text = "".join(parts)
+    return trimmed(unicodedata.normalize("NFC", text))
 
 
 def trimmed(text):

@@ -133,15 +133,10 @@ def wikipedia_cn(record):
 def baidubaike(record):
     sections = [joined(optional(section, "title"), optional(section, "content"))
                 for section in objects(record, "sections")]
-    if not (optional(record, "summary") or any(sections)):
+    article = joined(optional(record, "summary"), *sections)
+    if not article:
         raise Bad("no summary")
-    return joined(optional(record, "title"), optional(record, "summary"), *sections)
-
-
-@corpus(TEXT, "wudao", "WuDaoCorpora Text, the open 200 GB of BAAI: web pages; terms on its page",
-        "register at https://data.baai.ac.cn/details/WuDaoCorporaText and download")
-def wudao(record):
-    return joined(optional(record, "title"), field(record, "content"))
+    return joined(optional(record, "title"), article)
 
 
 @corpus(TEXT, "tiny_stories_zh", "TinyStories translated into Chinese; CDLA-Sharing-1.0",
@@ -151,59 +146,46 @@ def tiny_stories_zh(record):
     return field(record, "story_zh")
 
 
-@corpus(TEXT, "webtext2019zh", "community questions and answers, 4.1 million; MIT",
-        "see the links at https://github.com/brightmart/nlp_chinese_corpus (webtext2019zh)")
-def webtext2019zh(record):
-    return joined(optional(record, "title"), optional(record, "desc"), field(record, "content"))
-
-
-@corpus(TEXT, "baike_qa2019", "encyclopaedic questions and answers, 1.5 million; MIT",
-        "see the links at https://github.com/brightmart/nlp_chinese_corpus (baike2018qa)")
-def baike_qa2019(record):
-    return joined(optional(record, "title"), optional(record, "desc"), field(record, "answer"))
-
-
+@corpus(TEXT, "wudao", "WuDaoCorpora Text, the open 200 GB of BAAI: web pages; terms on its page",
+        "register at https://data.baai.ac.cn/details/WuDaoCorporaText and download")
 @corpus(TEXT, "cci3", "CCI 3.0 and CCI3-HQ of BAAI: Chinese web pages; terms on their pages",
         HF + "BAAI/CCI3-HQ --local-dir data/cci3  (or parts of it)")
+@corpus(TEXT, "webtext2019zh", "community questions and answers, 4.1 million; MIT",
+        "see the links at https://github.com/brightmart/nlp_chinese_corpus (webtext2019zh)")
+@corpus(TEXT, "baike_qa2019", "encyclopaedic questions and answers, 1.5 million; MIT",
+        "see the links at https://github.com/brightmart/nlp_chinese_corpus (baike2018qa)")
 def web_page(record):
-    return joined(optional(record, "title"), field(record, "text", "content"))
+    text = field(record, "text", "content", "answer")
+    return joined(optional(record, "title"), optional(record, "desc"), text)
 
 
 @corpus(TEXT, "mnbvc", "MNBVC: Chinese web pages, news, Zhihu and much more; MIT",
         HF + "liwu/MNBVC --local-dir data/mnbvc  (or parts of it)")
 def mnbvc(record):
     paragraphs = [optional(paragraph, "内容") for paragraph in objects(record, "段落")]
-    if any(paragraphs):
-        return joined(optional(record, "标题"), *paragraphs)
+    if text := joined(*paragraphs):
+        return joined(optional(record, "标题"), text)
     return web_page(record)
 
 
 @corpus(TEXT, "medical_qa", "shibing624/medical, finetune part: questions and answers, as text; "
         "Apache-2.0", HF + 'shibing624/medical --include "finetune/*" --local-dir data/medical')
+@corpus(TEXT, "zhihu_kol", "Zhihu-KOL: questions and answers of Zhihu; no licence stated",
+        HF + "wangrui6/Zhihu-KOL --local-dir data/zhihu")
 def instruction_text(record):
-    return joined(field(record, "instruction"), optional(record, "input"), field(record, "output"))
-
-
-ZHIHU = ("Zhihu-KOL: questions and answers of Zhihu; no licence stated",
-         HF + "wangrui6/Zhihu-KOL --local-dir data/zhihu")
-
-
-@corpus(TEXT, "zhihu_kol", *ZHIHU)
-def zhihu_text(record):
-    return joined(field(record, "INSTRUCTION"), field(record, "RESPONSE"))
+    return joined(field(record, "instruction", "INSTRUCTION"), optional(record, "input"),
+                  field(record, "output", "RESPONSE"))
 
 
 # ---- dialogues to fine-tune on -------------------------------------------------------------------
 
-ROLES = {"system": "system",
-         "user": "user", "human": "user", "client": "user", "prompter": "user", "问": "user",
-         "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-         "counselor": "assistant", "model": "assistant", "答": "assistant", "moss": "assistant",
-         "developer": "system",
-         # calls of a tool are the assistant's, their results take the place of the user's turns
-         "function_call": "assistant", "tool_call": "assistant",
-         "observation": "user", "tool": "user", "function": "user", "tool_response": "user"}
-TOOLS = "function_call", "tool_call", "observation", "tool", "function", "tool_response"
+# calls of a tool are the assistant's, their results take the place of the user's turns
+CALLS, RESULTS = "function_call tool_call", "observation tool function tool_response"
+SPEAKERS = {"system": "system developer",
+            "user": f"user human client prompter 问 {RESULTS}",
+            "assistant": f"assistant gpt bot chatgpt counselor model 答 moss {CALLS}"}
+ROLES = {speaker: role for role, names in SPEAKERS.items() for speaker in names.split()}
+TOOLS = f"{CALLS} {RESULTS}".split()
 
 
 def dialogue(turns):
@@ -216,7 +198,7 @@ def dialogue(turns):
     """
     system, messages = [], []
     for speaker, content, *train in turns:
-        name = speaker.lower() if isinstance(speaker, str) else None
+        name = str(speaker).lower()
         role = ROLES.get(name)
         content = normalise(content)
         if role is None:
@@ -224,7 +206,8 @@ def dialogue(turns):
         if "\ufffd" in content:
             raise Bad("broken characters")
         if role == "system" and not messages:
-            system += [content] if content and content not in system else []
+            if content and content not in system:
+                system.append(content)
         elif role == ("user", "assistant")[len(messages) % 2]:
             if not content:
                 raise Bad("empty turn of a tool" if name in TOOLS else "empty turn")
@@ -255,11 +238,16 @@ def pair(question, answer):
 @corpus(CHAT, "medical_qa", *TEXT["medical_qa"][1:3])
 def alpaca(record):
     instruction = joined(field(record, "instruction"), optional(record, "input"))
-    turns = [("system", optional(record, "system")), ("system", as_text(record.get("tools")))]
+    turns = system_turns(record)
     for question, reply in objects(record, "history", list):
         turns += [("user", question), ("assistant", reply)]
     turns += spoken(instruction, "user")
     return dialogue(turns + [("assistant", field(record, "output"))])
+
+
+def system_turns(record):
+    """The turns that a system text and definitions of tools make; empty ones are left off later."""
+    return [("system", optional(record, "system")), ("system", as_text(record.get("tools")))]
 
 
 def spoken(text, speaker):
@@ -285,15 +273,13 @@ def long_alpaca(record):
 
 @corpus(CHAT, "prompt", "prompt/response, prompt/answer or question/answer: pairs in JSON, CSV or "
         "parquet", 'write one JSON object a line: {"prompt": "...", "response": "..."}')
-def prompt(record):
-    return pair(field(record, "prompt", "question", "instruction"),
-                field(record, "response", "answer", "std_answer", "output"))
-
-
 @corpus(CHAT, "firefly", "Firefly: 23 Chinese tasks, kind, input, target; no licence stated",
         HF + "YeungNLP/firefly-train-1.1M --local-dir data/firefly")
-def firefly(record):
-    return pair(field(record, "input"), field(record, "target"))
+@corpus(CHAT, "zhihu_kol", *TEXT["zhihu_kol"][1:3])
+def prompt(record):
+    return pair(
+        field(record, "prompt", "question", "instruction", "input", "INSTRUCTION"),
+        field(record, "response", "answer", "std_answer", "output", "target", "RESPONSE"))
 
 
 FEATURES = {"Dialogue": "有对话", "BadEnding": "结局不好", "MoralValue": "讲一个道理",
@@ -320,11 +306,6 @@ def medical_dialogue(record):
     return pair(question, field(record, "answer"))
 
 
-@corpus(CHAT, "zhihu_kol", *ZHIHU)
-def zhihu_chat(record):
-    return pair(field(record, "INSTRUCTION"), field(record, "RESPONSE"))
-
-
 @corpus(CHAT, "sharegpt", "conversations[{from, value}] or [{role, content}]: ShareGPT, "
         "BELLE 3.5M, SMILE and others", HF + "shibing624/sharegpt_gpt4 --local-dir data/sharegpt")
 @corpus(CHAT, "messages", "messages[{role, content}]: the form of OpenAI's API",
@@ -344,14 +325,13 @@ def zhihu_chat(record):
 def conversation(record):
     if isinstance(record, list):                      # SMILE: the turns and nothing around them
         record = {"messages": record}
-    turns = [("system", optional(record, "system")), ("system", as_text(record.get("tools")))]
-    turns += map(turn_of, objects(record, "conversations") or objects(record, "messages"))
+    system = system_turns(record)
+    turns = list(map(turn_of, objects(record, "conversations") or objects(record, "messages")))
     for exchange in objects(record, "conversation"):
-        turns += [("user", optional(exchange, "human"))]
-        turns += [("assistant", optional(exchange, "assistant"))]
-    if len(turns) == 2:
+        turns += [(name, optional(exchange, name)) for name in ("human", "assistant")]
+    if not turns:
         raise Bad("no conversation")
-    return dialogue(turns)
+    return dialogue(system + turns)
 
 
 @corpus(CHAT, "ultrachat", "UltraChat: English dialogues, as published, in Firefly's form or "
@@ -405,8 +385,7 @@ def moss(record):
         if any("None<eoc>" not in field(turn, "Commands") for turn in chat.values()):
             raise Bad("uses tools")
         text = "".join(optional(turn, name) for turn in chat.values() for name in ("Human", "MOSS"))
-    turns = re.findall(r"(?:<\|(\w+)\|>|\[(\w+)\]): ?(.*?)<eo[ahm]>", text, re.S)
-    return dialogue([(new or old, content) for new, old, content in turns])
+    return dialogue(re.findall(r"[<\[]\|?(\w+)\|?[>\]]: ?(.*?)<eo[ahm]>", text, re.S))
 
 
 # ---- preferences: a better and a worse answer ----------------------------------------------------
@@ -428,18 +407,19 @@ def preference(record):
 
 def side(record, name):
     """The turns of a dialogue that ends with the answer in this field."""
-    turns = [("system", optional(record, "system"))]
+    turns = system_turns(record)
     value = record.get(name)
     answer = [value] if isinstance(value, dict) else objects(record, name)
     answer = list(map(turn_of, answer)) or spoken(field(record, name), "assistant")
     if not answer or ROLES.get(str(answer[0][0]).lower()) != "assistant":
         return turns + answer                         # it begins with the prompt
-    for prompt in "prompt", "conversations", "messages":
-        turns += map(turn_of, objects(record, prompt))
-    if len(turns) == 1:
+    prompt = []
+    for holder in "prompt", "conversations", "messages":
+        prompt += map(turn_of, objects(record, holder))
+    if not prompt:
         question = field(record, "prompt", "question", "instruction")
-        turns += spoken(joined(question, optional(record, "input")), "user")
-    return turns + answer
+        prompt = spoken(joined(question, optional(record, "input")), "user")
+    return turns + prompt + answer
 
 
 # ---- corpora of a command line -------------------------------------------------------------------
@@ -452,15 +432,12 @@ def sources(spec, table):
     """
     found = []
     for part in filter(None, map(str.strip, re.split(r",(?=\s*\w+:|\s*$)", spec))):
-        name, colon, path = part.partition(":")
-        if not colon and files_at(part):
-            raise SystemExit(f"corpora: {part}: say what it is: NAME:{part}; python corpora.py "
-                             f"lists the names, here {', '.join(list(table)[:3])} and others")
+        name, _, path = part.partition(":")
         if name not in table or not path:
             near = difflib.get_close_matches(name, table, n=1)
             hint = f"; perhaps {near[0]}:{path}" if near and near[0] != name else ""
-            raise SystemExit(f"corpora: {part!r} is not of the form name:path with one of the "
-                             f"names {', '.join(table)}{hint}")
+            raise SystemExit(f"corpora: {part!r} is not of the form name:path; write NAME:"
+                             f"{path or name} with one of the names {', '.join(table)}{hint}")
         files = files_at(path)
         if not files:
             hint = "; write name:path for every part" if "," in path else ""
@@ -535,29 +512,28 @@ def document(name, record, place=""):
     return text
 
 
-def messages(name, record, place=""):
-    """The dialogue in a record of the corpus of this name; raises Bad if there is none."""
-    return read(CHAT, name, place, record)
-
-
 def documents(spec):
     """Yield (corpus, clean text, or Bad with the reason) for every record, in order."""
-    yield from each(spec, TEXT, document)
+    return contents(spec, TEXT)
 
 
 def dialogues(spec):
     """Yield (corpus, [{"role", "content"}, ...], or Bad with the reason) for every record."""
-    yield from each(spec, CHAT, messages)
+    return contents(spec, CHAT)
 
 
-def each(spec, table, make):
+def contents(spec, table, title=None):
+    """Yield (corpus, what read() returns, or Bad) for every record; clean text if table is TEXT."""
     inputs = sources(spec, table)
-    for number, name, place, record in raw_records(inputs, table):
-        corpus = inputs[number][0]
+    for number, name, place, record in raw_records(inputs, table, title):
         try:
-            yield corpus, make(name, record, place)
+            if table is TEXT:
+                result = document(name, record, place)
+            else:
+                result = read(table, name, place, record)
         except Bad as bad:
-            yield corpus, bad
+            result = bad
+        yield inputs[number][0], result
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ config.override(globals())
 MADE_BY = "prepare_pretrain.py"
 HASH_BITS = 18                         # n-grams are counted in 2^18 buckets
 # what meta.json counts of each corpus: what is kept, and by reason what is dropped
-FIGURES, DROPPED = ("documents", "tokens", "bytes"), ("dropped", "dropped_tokens", "dropped_bytes")
+FIGURES = "documents", "tokens", "bytes"
+DROPPED = "dropped", "dropped_tokens", "dropped_bytes"
 
 
 def pieces(data):
@@ -69,25 +70,28 @@ def token_bits(model, ids, tok):
     x[is_start] = tok.bos_id                                # as pretrain.py has it
     is_start[::T] = True
     cu_seqlens = np.append(np.flatnonzero(is_start), len(x))
-    x, y, cu_seqlens = (
-        runtime.to_device(a, model.norm.weight.device)
-        for a in (x.reshape(-1, T), y.reshape(-1, T), cu_seqlens.astype(np.int32)))
+    arrays = (
+        x.reshape(-1, T),
+        y.reshape(-1, T),
+        cu_seqlens.astype(np.int32))
+    x, y, cu_seqlens = (runtime.to_device(a, model.norm.weight.device) for a in arrays)
     nats = model(x, y, cu_seqlens, per_token=True).flatten()[:n]
     return nats.cpu().numpy() / math.log(2)
 
 
 def buckets(ids):
     """The hashed n-grams of one and of two tokens that end at ids[1:], for ids (n + 1,): (2, n)."""
-    before, ids = ids[:-1].astype(np.uint32), ids[1:].astype(np.uint32)
-    single = ids * np.uint32(0x9E3779B1)
-    pairs = (single ^ before) * np.uint32(0x85EBCA6B)
-    return np.stack((single, pairs)) >> np.uint32(32 - HASH_BITS)
+    ids = ids.astype(np.uint32)
+    single = ids[1:] * 0x9E3779B1
+    pairs = (single ^ ids[:-1]) * 0x85EBCA6B
+    return np.stack((single, pairs)) >> 32 - HASH_BITS
 
 
 def log_shares(spec, tok):
     """log P(n-gram) in the texts of name:path,name:path, (2^HASH_BITS,)."""
-    found = [text for _, text in corpora.documents(spec)]
-    texts = [text for text in found if isinstance(text, str)]     # the others are Bad
+    texts = [
+        text for _, text in corpora.documents(spec)
+        if not isinstance(text, corpora.Bad)]
     if not texts:
         raise SystemExit(f"{spec}: no text is left after cleaning; name other files")
     counts = np.ones(1 << HASH_BITS)                        # what was never seen counts once
@@ -106,12 +110,46 @@ def scorer(tok):
     return "bits per byte", lambda ids: token_bits(model, ids, tok)
 
 
-def print_documents(some, score, train, starts, lengths, tok):
-    for i in some:
-        end = starts[i] + min(lengths[i], 60)
-        text = tok.decode(train[starts[i]:end].tolist())
-        text = " ".join(text.split())
-        print(f"{score[i]:>10.4f} | {text}")
+def document_ends(train, n_documents, tok):
+    """Where the documents of train.bin end, (documents,)."""
+    ends = [at + 1 + np.flatnonzero(ids == tok.eos_id) for at, ids in pieces(train)]
+    ends = np.concatenate([np.zeros(0, int), *ends])
+    if not (len(ends) == n_documents > 0 and ends[-1] == len(train)):
+        raise SystemExit(f"{data_dir}/train.bin: does not hold the documents that meta.json says; "
+                         f"run python {MADE_BY} again")
+    return ends
+
+
+def scores(train, ends, tok):
+    """(what is measured, the score of each document, its UTF-8 bytes)."""
+    measure, value = scorer(tok)
+    total = np.zeros(len(ends))
+    n_bytes = np.zeros(len(ends), np.int64)
+    token_bytes = np.array([len(piece) for piece in tok.pieces])
+    before = tok.eos_id
+    rounds = -(-len(train) // batch_tokens)
+    for at, ids in tqdm(pieces(train), desc=measure, total=rounds, disable=None):
+        places = np.arange(at, at + len(ids))
+        document = np.searchsorted(ends, places, side="right")
+        np.add.at(total, document, value(np.append(before, ids)))
+        np.add.at(n_bytes, document, token_bytes[ids])
+        before = ids[-1]
+    sizes = np.diff(ends, prepend=0)
+    if checkpoint:
+        sizes = np.maximum(n_bytes, 1)
+    return measure, total / sizes, n_bytes
+
+
+def print_extremes(measure, score, train, starts, ends, tok):
+    """The beginnings of the documents with the lowest and with the highest scores."""
+    order = np.argsort(score)
+    for which, some in ("lowest", order[:20]), ("highest", order[:-21:-1]):
+        print(f"documents with the {which} {measure}:")
+        for i in some:
+            ids = train[starts[i]:ends[i]][:60]
+            text = tok.decode(ids.tolist())
+            text = " ".join(text.split())
+            print(f"{score[i]:>10.4f} | {text}")
 
 
 def draw_histogram(score, limits, measure):
@@ -128,65 +166,43 @@ def draw_histogram(score, limits, measure):
     pyplot.close()
 
 
-def names_corpora(meta):
-    """Whether the corpus of each document is known."""
-    return any(name.endswith(".corpus") for name in meta["crc32"])
+def read_corpora(meta):
+    """Their names, and the number of that of each document of train.bin and of val.bin.
 
-
-def read_corpora(part, meta):
-    """The number of the corpus of each document of a bin, (documents,), counted as in meta.json.
-
-    Bins that were prepared before there were such files have none: all their documents are of
-    corpus 0.
+    Bins that were prepared before there were such files have one corpus, unknown.
     """
-    n, below = meta[part]["documents"], len(meta["corpora"])
-    if not names_corpora(meta):
-        return np.zeros(n, "<u2")
-    path = f"{data_dir}/{part}.corpus"
-    return checkpoints.open_shards(path, "<u2", n, meta, MADE_BY, below)[:]
+    sizes = {part: meta[part]["documents"] for part in ("train", "val")}
+    if not any(name.endswith(".corpus") for name in meta["crc32"]):
+        print(f"{data_dir}: prepared before train.corpus was written; all documents are counted as "
+              "one corpus, unknown")
+        return ["unknown"], *(np.zeros(n, "<u2") for n in sizes.values())
+    names, numbers = list(meta["corpora"]), []
+    for part, n in sizes.items():
+        path = f"{data_dir}/{part}.corpus"
+        shards = checkpoints.open_shards(path, "<u2", n, meta, MADE_BY, len(names))
+        numbers.append(shards[:])
+    return names, *numbers
 
 
-def count(names, numbers, keep, reasons, figures):
-    """{corpus: what was read, what is kept, and what is dropped for each reason} for meta.json.
+def report(names, reasons, totals):
+    """Print for each corpus what is kept and what each reason dropped; return it for meta.json.
 
-    names: of the corpora; numbers: of the corpus of each document. keep, and each of the reasons,
-    {reason: documents}, are (documents,) bool; figures: FIGURES of each document, (3, documents).
+    names: of the corpora; totals: FIGURES of the documents of each corpus that are kept, and of
+    those that are dropped for each reason, (corpora, 1 + reasons, 3).
     """
     rows = {}
-    for number, name in enumerate(names):
-        is_its = numbers == number
-        kept, *lost = (
-            figures[:, chosen & is_its].sum(1).tolist()
-            for chosen in (keep, *reasons.values()))
-        rows[name] = {"records": int(is_its.sum()), **dict(zip(FIGURES, kept))}
+    print("".join(f"{figure:>16}" for figure in FIGURES))
+    lines = ["kept", *(f"dropped: {reason}" for reason in reasons)]
+    for name, (kept, *lost) in zip(names, totals.tolist()):
+        print(name)
+        for line, numbers in zip(lines, (kept, *lost)):
+            columns = "".join(f"{number:>16,}" for number in numbers)
+            print(f"{columns}  {line}")
+        n_records = kept[0] + sum(numbers[0] for numbers in lost)
+        rows[name] = {"records": n_records, **dict(zip(FIGURES, kept))}
         for key, column in zip(DROPPED, zip(*lost)):
             rows[name][key] = dict(zip(reasons, column))
     return rows
-
-
-def print_table(rows):
-    """For each corpus a line of what is kept, and one of what each reason dropped."""
-    print("".join(f"{figure:>16}" for figure in FIGURES))
-    for name, row in rows.items():
-        print(name)
-        lines = {"kept": [row[figure] for figure in FIGURES]}
-        for reason in row["dropped"]:
-            lines[f"dropped: {reason}"] = [row[key][reason] for key in DROPPED]
-        for what, numbers in lines.items():
-            columns = "".join(f"{number:>16,}" for number in numbers)
-            print(f"{columns}  {what}")
-
-
-def write(documents, numbers, val, val_numbers, meta):
-    """The five files; meta.json takes its name last."""
-    names = "val.corpus", "val.bin", "train.corpus", "train.bin"
-    with config.whole_bins(out_dir, names, meta) as files:
-        files["val.bin"].write(val)
-        files["val.corpus"].write(val_numbers)
-        files["train.corpus"].write(numbers)
-        for ids in documents:
-            files["train.bin"].write(ids)
-    print(f"wrote {', '.join(files)} and meta.json to {out_dir}")
 
 
 def main():
@@ -203,53 +219,35 @@ def main():
         checkpoints.open_tokens(f"{data_dir}/{part}.bin", meta[part]["tokens"],
                                 meta, MADE_BY, tok.vocab_size)
         for part in ("train", "val"))
-    ends = [at + 1 + np.flatnonzero(ids == tok.eos_id) for at, ids in pieces(train)]
-    ends = np.concatenate([np.zeros(0, int), *ends])
-    if not (len(ends) == meta["train"]["documents"] > 0 and ends[-1] == len(train)):
-        raise SystemExit(f"{data_dir}/train.bin: does not hold the documents that meta.json says; "
-                         f"run python {MADE_BY} again")
-    numbers, val_numbers = (read_corpora(part, meta) for part in ("train", "val"))
-    names = list(meta["corpora"])
-    if not names_corpora(meta):
-        names = ["unknown"]
-        print(f"{data_dir}: prepared before train.corpus was written; all documents are counted as "
-              "one corpus, unknown")
-    measure, value = scorer(tok)
+    ends = document_ends(train, meta["train"]["documents"], tok)
+    names, numbers, val_numbers = read_corpora(meta)
+    measure, score, n_bytes = scores(train, ends, tok)
 
     lengths = np.diff(ends, prepend=0)
     starts = ends - lengths
-    total, n_bytes = np.zeros((2, len(ends)))
-    token_bytes = np.array([len(piece) for piece in tok.pieces])
-    rounds, before = -(-len(train) // batch_tokens), tok.eos_id
-    for at, ids in tqdm(pieces(train), desc=measure, total=rounds, disable=None):
-        places = np.arange(at, at + len(ids))
-        document = np.searchsorted(ends, places, side="right")
-        np.add.at(total, document, value(np.append(before, ids)))
-        np.add.at(n_bytes, document, token_bytes[ids])
-        before = ids[-1]
-    score = total / (np.maximum(n_bytes, 1) if checkpoint else lengths)
-
     low, high = np.quantile(score, [drop_low, 1 - drop_high])
-    keep = (low <= score) & (score <= high)
-    order = np.argsort(score)
-    print(f"documents with the lowest {measure}:")
-    print_documents(order[:20], score, train, starts, lengths, tok)
-    print(f"documents with the highest {measure}:")
-    print_documents(order[:-21:-1], score, train, starts, lengths, tok)
+    print_extremes(measure, score, train, starts, ends, tok)
     with config.only_watching("histogram"):
         draw_histogram(score, (low, high), measure)
 
-    reasons = {
-        f"{measure} below {low:.4f}": score < low,
-        f"{measure} above {high:.4f}": score > high}
-    figures = np.stack((np.ones_like(lengths), lengths, n_bytes.astype(np.int64)))
-    rows = count(names, numbers, keep, reasons, figures)
-    print_table(rows)
+    reasons = f"{measure} below {low:.4f}", f"{measure} above {high:.4f}"
+    fate = (score < low) + 2 * (score > high)              # 0: kept, or the number of the reason
+    kept = np.flatnonzero(fate == 0)
+    figures = np.stack((np.ones_like(lengths), lengths, n_bytes), 1)
+    totals = np.zeros((len(names), 3, 3), np.int64)        # of each corpus, fate and figure
+    np.add.at(totals, (numbers, fate), figures)
     meta["before"] = {"train": meta["train"], "corpora": meta["corpora"]}
-    meta["train"] = dict(zip(FIGURES, figures[:, keep].sum(1).tolist()))
-    meta["corpora"] = rows
-    documents = (train[starts[i]:ends[i]] for i in np.flatnonzero(keep))
-    write(documents, numbers[keep], val, val_numbers, meta)
+    of_kept = totals[:, 0].sum(0).tolist()
+    meta["train"] = dict(zip(FIGURES, of_kept))
+    meta["corpora"] = report(names, reasons, totals)
+    files = "val.corpus", "val.bin", "train.corpus", "train.bin"
+    with config.whole_bins(out_dir, files, meta) as opened:
+        opened["val.corpus"].write(val_numbers)
+        opened["val.bin"].write(val)
+        opened["train.corpus"].write(numbers[kept])
+        for i in kept:
+            opened["train.bin"].write(train[starts[i]:ends[i]])
+    print(f"wrote {', '.join(files)} and meta.json to {out_dir}")
 
 
 if __name__ == "__main__":

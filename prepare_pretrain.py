@@ -60,38 +60,28 @@ def encode_batch(batch):
     """[(input number, corpus name, place, record)] -> (ids, documents, signatures, dropped).
 
     ids: of all documents, an eos after each; documents: array of DOCUMENT; signatures (documents,
-    n_permutations) uint8, None without deduplication; dropped: {(input number, Bad): count}.
+    n_permutations) uint8, b"" without deduplication; dropped: {(input number, Bad): count}.
     """
-    texts, numbers, dropped = [], [], Counter()
+    ids, texts, rows, dropped = [], [], [], Counter()
     for number, name, place, record in batch:
         try:
-            texts.append(document(name, record, place))
-            numbers.append(number)
+            text = document(name, record, place)
         except Bad as bad:
             dropped[number, bad] += 1
-    all_ids = []
-    documents = np.zeros(len(texts), DOCUMENT)
-    documents["input"] = numbers
-    for i, text in enumerate(texts):
+            continue
+        start = len(ids)
+        for piece in pieces(text, PIECE_CHARS):
+            ids += worker_tokenizer.encode(piece)
+        ids.append(worker_tokenizer.eos_id)
         raw = text.encode("utf-8")
-        ids = encode(worker_tokenizer, text)
-        all_ids += ids
-        digest = hashlib.blake2b(raw, digest_size=8)
-        documents["hash"][i] = int.from_bytes(digest.digest(), "little")
-        documents["tokens"][i] = len(ids)
-        documents["bytes"][i] = len(raw)
-    minima = None
+        digest = hashlib.blake2b(raw, digest_size=8).digest()
+        texts.append(text)
+        rows.append((int.from_bytes(digest, "little"), len(ids) - start, len(raw), number))
+    documents = np.array(rows, DOCUMENT)
+    minima = b""
     if worker_hashing:
         minima = signatures(texts, documents["hash"], **worker_hashing)
-    return np.array(all_ids, worker_tokenizer.id_dtype), documents, minima, dropped
-
-
-def encode(tok, text):
-    """The ids of a text, and eos."""
-    ids = []
-    for piece in pieces(text, PIECE_CHARS):
-        ids += tok.encode(piece)
-    return ids + [tok.eos_id]
+    return np.array(ids, worker_tokenizer.id_dtype), documents, minima, dropped
 
 
 def signatures(texts, hashes, shingle, n_permutations, seed):
@@ -109,9 +99,7 @@ def signatures(texts, hashes, shingle, n_permutations, seed):
     counts = counts[has_some]
     starts = np.cumsum(counts) - counts
     rng = np.random.default_rng(seed)
-    factors = rng.integers(0, 1 << 31, n_permutations, np.uint32)
-    factors *= np.uint32(2)
-    factors += np.uint32(1)
+    factors = 2 * rng.integers(0, 1 << 31, n_permutations, np.uint32) + 1
     minima = np.empty((n_permutations, len(texts)), np.uint8)
     own = hashes[~has_some, None].view(np.uint8).T    # (8, texts without a shingle)
     minima[:, ~has_some] = np.resize(own, (n_permutations, own.shape[1]))
@@ -129,21 +117,21 @@ def shingle_hashes(texts, shingle):
     ends = np.cumsum(lengths)
     raw = "".join(texts).encode("utf-32-le")
     characters = np.frombuffer(raw, "<u4").astype(np.uint32)
-    is_wide = characters - np.uint32(0xFF01) < 94     # ，！？ and others of full width
+    is_wide = characters - 0xFF01 < 94                # ，！？ and others of full width
     characters[is_wide] -= 0xFEE0
     for wide, narrow in zip("。、“”‘’", ".,\"\"''"):
         characters[characters == ord(wide)] = ord(narrow)
     n = len(characters)
     x = np.zeros(n, np.uint32)                        # at each character: of the shingle from there
     for i in range(shingle):
-        x[:n - i] *= np.uint32(0x01000193)
+        x[:n - i] *= 0x01000193
         x[:n - i] += characters[i:]
     # The end of Austin Appleby's MurmurHash3: every bit of the input changes every bit of x
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
+    x ^= x >> 16
+    x *= 0x85EBCA6B
+    x ^= x >> 13
+    x *= 0xC2B2AE35
+    x ^= x >> 16
     inside = np.ones(n, bool)                         # false where it would end in the next text
     for i in range(1, shingle):
         inside[np.maximum(ends - i, 0)] = False
@@ -156,14 +144,12 @@ def collect(inputs, ids_file, signature_file):
     """Run all records through the workers and write what they make: (documents, dropped)."""
     hashing = dict(shingle=shingle, n_permutations=n_permutations, seed=seed) if dedup else None
     batched = batches(inputs, TEXT, "clean and encode")
-    n_workers = workers or os.cpu_count()
-    results = in_order(encode_batch, batched, n_workers, begin, tokenizer, hashing)
-    documents, dropped = [np.zeros(0, DOCUMENT)], Counter()
+    results = in_order(encode_batch, batched, workers, begin, tokenizer, hashing)
+    documents, dropped = [], Counter()
     with closing(results):
         for ids, new, minima, reasons in results:
             ids_file.write(ids)
-            if dedup:
-                signature_file.write(minima)
+            signature_file.write(minima)
             documents.append(new)
             dropped.update(reasons)
     ids_file.flush()
@@ -198,16 +184,14 @@ def near_duplicates(file, gone, n_permutations, n_bands, jaccard):
         left = np.flatnonzero(~(gone | near)).astype(np.uint32)
         left = left[np.argsort(keys[left], kind="stable")]
         for _ in range(8):
-            if not len(left):
-                break
             sorted_keys = keys[left]
-            is_first = np.append(True, sorted_keys[1:] != sorted_keys[:-1])
-            group = np.cumsum(is_first) - 1
-            firsts = left[is_first][group[~is_first]]
-            others = left[~is_first]
-            same = similarity(file, n_permutations, firsts, others) >= jaccard
-            near[others[same]] = True
-            left = others[~same]
+            places = np.searchsorted(sorted_keys, sorted_keys)    # of the first with the same key
+            firsts = left[places]
+            is_other = firsts != left
+            firsts, left = firsts[is_other], left[is_other]
+            same = similarity(file, n_permutations, firsts, left) >= jaccard
+            near[left[same]] = True
+            left = left[~same]
     return near
 
 
@@ -219,39 +203,39 @@ def open_signatures(file, n_permutations):
 def band_keys(file, n_permutations, first, rows):
     """A 64-bit key of each document (n,): a hash of `rows` minima, beginning with the first."""
     rng = np.random.default_rng(0)
-    factors = rng.integers(1 << 63, size=rows, dtype=np.uint64) | np.uint64(1)
-    keys = []
-    n = len(open_signatures(file, n_permutations))
-    for start in range(0, n, BLOCK):
-        part = open_signatures(file, n_permutations)[start:start + BLOCK]
-        keys.append(part[:, first:first + rows] @ factors)
-    return np.concatenate(keys)
+    factors = rng.integers(1 << 63, size=rows, dtype=np.uint64) | 1
+    keys = np.zeros(len(open_signatures(file, n_permutations)), np.uint64)
+    for start in range(0, len(keys), BLOCK):
+        part = slice(start, start + BLOCK)
+        minima = open_signatures(file, n_permutations)
+        keys[part] = minima[part, first:first + rows] @ factors
+    return keys
 
 
 def similarity(file, n_permutations, a, b):
     """The estimated Jaccard similarity of documents a and b, two arrays of numbers."""
-    shares = [np.zeros(0)]
+    shares = np.zeros(len(a))
     for start in range(0, len(a), BLOCK):
-        minima = open_signatures(file, n_permutations)
         part = slice(start, start + BLOCK)
+        minima = open_signatures(file, n_permutations)
         equal = minima[a[part]] == minima[b[part]]
-        shares.append(equal.mean(1))
-    return np.concatenate(shares)
+        shares[part] = equal.mean(1)
+    return shares
 
 
 # ---- shuffle, split, write -----------------------------------------------------------------------
 
 def write_bin(bin_file, ids_file, dtype, documents, order):
     """Write the ids of the documents in this order, GATHER_TOKENS at a time."""
-    ends = np.cumsum(documents["tokens"], dtype=np.int64)
-    starts = ends - documents["tokens"]
-    written = np.cumsum(documents["tokens"][order], dtype=np.int64)
+    lengths = documents["tokens"].astype(np.int64)
+    ends = lengths.cumsum()
+    starts = ends - lengths
+    written = lengths[order].cumsum()
     cuts = np.flatnonzero(np.diff(written // GATHER_TOKENS)) + 1
     for part in np.split(order, cuts):
         ids = np.asarray(np.memmap(ids_file, dtype, "r"))
-        gathered = {}
-        for i in np.sort(part):                       # disks like to be read in order
-            gathered[i] = ids[starts[i]:ends[i]].copy()
+        # disks like to be read in order
+        gathered = {i: ids[starts[i]:ends[i]].copy() for i in np.sort(part)}
         bin_file.write(np.concatenate([gathered[i] for i in part]))
 
 
@@ -263,11 +247,9 @@ def held_out(hashes, val_fraction):
 def count(documents, in_val, n_inputs):
     """How many documents, tokens and bytes there are: (inputs, train or val, 3)."""
     counts = np.zeros((n_inputs, 2, 3), np.int64)
-    for number, is_val in np.ndindex(n_inputs, 2):
-        some = documents[(documents["input"] == number) & (in_val == is_val)]
-        tokens = some["tokens"].sum(dtype=np.int64)
-        n_bytes = some["bytes"].sum(dtype=np.int64)
-        counts[number, is_val] = len(some), tokens, n_bytes
+    places = documents["input"], in_val.astype(int)
+    for figure, numbers in enumerate((1, documents["tokens"], documents["bytes"])):
+        np.add.at(counts[..., figure], places, numbers)
     return counts
 
 
@@ -293,14 +275,12 @@ def new_meta(tok, inputs, counts, dropped, corpora, tokenizer, val_fraction, see
     counts: of what is kept, as of count(). SystemExit if a bin would be empty.
     """
     rows = report(inputs, counts, dropped)
-    train = named(counts[:, 0].sum(0))
-    val = named(counts[:, 1].sum(0))
+    train, val = map(named, counts.sum(0))
     print_report({**rows, "train": train, "val": val})
     if not (train["documents"] and val["documents"]):
-        n_kept = train["documents"] + val["documents"]
-        raise SystemExit(f"{corpora}: too little text: {n_kept} documents are left, of which "
-                         f"--val_fraction={val_fraction} puts {val['documents']} into val.bin; "
-                         "both bins need one")
+        raise SystemExit(f"{corpora}: too little text: --val_fraction={val_fraction} leaves "
+                         f"{train['documents']} documents for train.bin and {val['documents']} "
+                         "for val.bin; both need one")
     return {"format": 1,
             "tokenizer": tokenizer, "tokenizer_sha256": tok.sha256,
             "vocab_size": tok.vocab_size,
@@ -349,11 +329,10 @@ def main():
         counts = count(documents[kept], in_val[kept], len(inputs))
         meta = new_meta(tok, inputs, counts, dropped, **constants)
         order = np.random.default_rng(seed).permutation(np.flatnonzero(kept))
-        goes_to_val = in_val[order]
-        splits = {"val": order[goes_to_val], "train": order[~goes_to_val]}
         names = "val.corpus", "val.bin", "train.corpus", "train.bin"
         with config.whole_bins(data_dir, names, meta) as files:
-            for split, chosen in splits.items():
+            for split, is_its in ("val", in_val), ("train", ~in_val):
+                chosen = order[is_its[order]]
                 write_bin(files[f"{split}.bin"], ids_file, tok.id_dtype, documents, chosen)
                 files[f"{split}.corpus"].write(documents["input"][chosen])
     print(f"wrote train.bin, val.bin and meta.json to {data_dir}")

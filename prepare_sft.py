@@ -22,7 +22,6 @@ The same input and constants give the same bytes with any number of workers.
 """
 import itertools
 import json
-import os
 import random
 import sys
 from collections import Counter
@@ -32,7 +31,7 @@ import numpy as np
 
 import config
 from cleaning import hash64
-from corpora import CHAT, PREFERENCE, Bad, batches, raw_records, read, sources
+from corpora import CHAT, PREFERENCE, Bad, batches, contents, read, sources
 from readers import in_order, interruptible, print_report
 from tokenizer import load
 
@@ -52,10 +51,9 @@ augment_repeat = 0.05                             # probability to write one of 
 workers        = 0                                # processes; 0: one per core
 seed           = 1337                             # of the augmentation, from 0 up
 show           = 0                                # print so many training examples of each corpus
-constants = config.override(globals())
+config.override(globals())
 
 TOO_LONG = "longer than max_seq_len"              # a reason to drop a record
-NOT_IN_BYTES = "data_dir", "workers", "show"      # constants that do not change what is written
 FILES = ("train.bin", "train.mask", "train.idx", "val.bin", "val.mask", "val.idx", "test.jsonl")
 TABLE = CHAT | PREFERENCE
 SAMPLE = 1000                                     # records read to see if they share a question
@@ -188,18 +186,15 @@ def with_typos(text, rng):
 def sharing_a_question(inputs):
     """The numbers of the inputs whose first records mostly begin with the same question."""
     found = set()
-    for number, source in enumerate(inputs):
+    for number, (corpus, _, _) in enumerate(inputs):
         questions = Counter()
-        for _, name, place, record in itertools.islice(raw_records([source], TABLE), SAMPLE):
-            try:
-                dialogues = dialogues_of(read(TABLE, name, place, record))
-                questions[first_question(dialogues)] += 1
-            except Bad:
-                continue                              # counted when all records are read
+        for _, content in itertools.islice(contents(corpus, TABLE), SAMPLE):
+            if not isinstance(content, Bad):          # the bad ones are counted by write()
+                questions[first_question(dialogues_of(content))] += 1
         most = max(questions.values(), default=0)
         if most > 1 and most > questions.total() / 2:
             found.add(number)
-            print(f"{source[0]}: most dialogues begin with the same question, so they are split by "
+            print(f"{corpus}: most dialogues begin with the same question, so they are split by "
                   "a hash of the whole dialogue")
     return found
 
@@ -212,23 +207,25 @@ def write(files, results, inputs, rows):
     """
     seen, shown, n_shown, ends = set(), [], Counter(), Counter()
     for split in "train", "val":
-        files[f"{split}.idx"].write(np.array([0], "<i8"))
+        files[f"{split}.idx"].write(bytes(8))         # the first example begins at 0
     for number, result in itertools.chain.from_iterable(results):
         corpus = inputs[number][0]
-        rows[corpus]["records"] += 1
+        row = rows[corpus]
+        row["records"] += 1
         if not isinstance(result, Bad) and result["key"] in seen:
             result = Bad("duplicate")
         if isinstance(result, Bad):
-            rows[corpus]["dropped"][result] += 1
+            row["dropped"][result] += 1
             continue
         seen.add(result["key"])
         split = result["split"]
-        count(result, rows[corpus])
+        count(result, row)
         count(result, rows[split])
         if split == "test":
-            line = {"messages": result["dialogues"][0], "corpus": corpus}
-            if len(result["dialogues"]) == 2:
-                line["rejected"] = result["dialogues"][1][-1]["content"]
+            messages, *other = result["dialogues"]
+            line = {"messages": messages, "corpus": corpus}
+            if other:
+                line["rejected"] = other[0][-1]["content"]
             text = json.dumps(line, ensure_ascii=False) + "\n"
             files["test.jsonl"].write(text.encode("utf-8"))
             continue
@@ -265,20 +262,21 @@ def print_figures(rows):
     n_too_long = sum(row.get("dropped", {}).get(TOO_LONG, 0) for row in rows.values())
     if n_too_long > n_records / 20:
         print(f"dropped as longer than --max_seq_len={max_seq_len}: {n_too_long:,} of "
-              f"{n_records:,} records. A larger one keeps them, for a model whose context is as long")
+              f"{n_records:,} records. A larger one keeps them, for a model whose context is as "
+              "long")
 
 
 def print_examples(tok, shown):
     """Print examples with the tokens that count in the loss highlighted."""
     on, off = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("【", "】")
-    names = {id: text for text, id in tok.controls.items()}
-    names |= {tok.bos_id: "<bos>", tok.eos_id: "<eos>"}
+    pieces = list(tok.pieces)
+    for name, id in {**tok.controls, "<bos>": tok.bos_id, "<eos>": tok.eos_id}.items():
+        pieces[id] = name.encode()
     for ids, mask in shown:
-        ids, mask = ids.tolist(), mask.tolist()
-        print(f"\n--- an example of {len(ids)} tokens, of which {sum(mask)} count in the loss, "
+        print(f"\n--- an example of {len(ids)} tokens, of which {mask.sum()} count in the loss, "
               f"marked {on}like this{off}")
         for counts, run in itertools.groupby(zip(ids, mask), key=lambda token: token[1]):
-            data = b"".join(names[id].encode() if id in names else tok.pieces[id] for id, _ in run)
+            data = b"".join(pieces[id] for id, _ in run)
             text = data.decode("utf-8", "replace")
             print(on + text + off if counts else text, end="")
         print()
@@ -294,16 +292,6 @@ def check_constants():
     if val_fraction + test_fraction >= 1 or augment_delete + augment_repeat > 1:
         raise SystemExit("val_fraction + test_fraction must leave something to train on (below 1), "
                          "and augment_delete + augment_repeat must not be over 1")
-
-
-def check_splits(n_train, n_val):
-    """SystemExit if there is nothing to train on, or nothing to validate on although asked for."""
-    if not n_train:
-        raise SystemExit(f"{corpora}: no dialogue is left to train on")
-    if val_fraction and not n_val:
-        raise SystemExit(f"{corpora}: too few dialogues for --val_fraction={val_fraction}: none is "
-                         f"held out for validation; try --val_fraction="
-                         f"{min(0.5, 5 / n_train):.2g}, or add dialogues")
 
 
 def main():
@@ -322,20 +310,26 @@ def main():
     figures = dict.fromkeys(names, 0)
     by_corpus = {corpus: {"records": 0, **figures, "dropped": Counter()} for corpus, _, _ in inputs}
     splits = {split: dict(figures) for split in ("train", "val", "test")}
-    # the rows of splits and by_corpus are filled in below
+    rows = {**by_corpus, **splits}             # filled in below, for meta.json as well
     meta = {"format": 1, "tokenizer": tok.name, "tokenizer_sha256": tok.sha256,
             "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-            "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus,
-            "constants": {k: v for k, v in constants.items() if k not in NOT_IN_BYTES}}
+            "dtype": tok.id_dtype, "pairs": are_pairs, **splits, "corpora": by_corpus}
     with config.whole_bins(data_dir, FILES, meta) as files:
-        results = in_order(examples, batches(inputs, TABLE, "preparing"),
-                           workers or os.cpu_count(), begin, tokenizer, sharing_a_question(inputs))
+        by_dialogue = sharing_a_question(inputs)
+        batched = batches(inputs, TABLE, "preparing")
+        results = in_order(examples, batched, workers, begin, tokenizer, by_dialogue)
         with closing(results):
-            shown = write(files, results, inputs, {**by_corpus, **splits})
+            shown = write(files, results, inputs, rows)
         for row in by_corpus.values():
             row["dropped"] = {str(bad): n for bad, n in row["dropped"].items()}
-        print_figures({**by_corpus, **splits})
-        check_splits(splits["train"]["examples"], splits["val"]["examples"])
+        print_figures(rows)
+        n_train = splits["train"]["examples"]
+        if not n_train:
+            raise SystemExit(f"{corpora}: no dialogue is left to train on")
+        if val_fraction and not splits["val"]["examples"]:
+            raise SystemExit(f"{corpora}: too few dialogues for --val_fraction={val_fraction}: "
+                             "none is held out for validation; try --val_fraction="
+                             f"{min(0.5, 5 / n_train):.2g}, or add dialogues")
     print_examples(tok, shown)
     print(f"\nwrote {data_dir}")
 

@@ -36,6 +36,7 @@ ARCHIVES = {b"PK\3\4": "zip archive", b"7z\xbc\xaf": "7z archive", b"Rar!": "rar
             b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Office file"}
 ASCII_BASED = {"utf-8", "gb18030", "big5hkscs"}         # encodings in which ASCII is one byte
 REFUSED = {*ARCHIVES.values(), "tar archive", "binary file"}
+LENIENT = json.JSONDecoder(strict=False)                # takes control characters in strings
 
 
 class Bad(Exception):
@@ -56,17 +57,16 @@ class Bad(Exception):
 
 def files_at(path):
     """The files of a name, a folder (with those below it, but no hidden ones) or a pattern."""
-    found, seen = [], set()
-    if not os.path.isdir(path):
-        found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-    else:
-        for folder, inner, names in os.walk(path, followlinks=True):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            if os.path.realpath(folder) in seen:      # links to a folder above would never end
-                inner.clear()
-            seen.add(os.path.realpath(folder))
-            found += [os.path.join(folder, name) for name in names if not name.startswith(".")
-                      and bare(name).endswith(SUFFIXES)]
+    found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+    seen = set()
+    for folder, inner, names in os.walk(path, followlinks=True):     # of a file there is nothing
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        place = os.path.realpath(folder)
+        if place in seen:                             # links to a folder above would never end
+            inner.clear()
+        seen.add(place)
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")
+                  and bare(name).endswith(SUFFIXES)]
     once = {os.path.realpath(file): file for file in sorted(found, reverse=True)}
     return sorted(file for file in once.values() if os.path.isfile(file))
 
@@ -91,7 +91,7 @@ def records(path, cut="line", progress=None):
     problems, seen = [], 0                            # problems: Bad of the file as a whole
     with raw:
         for record in itertools.chain(reader(raw, cut, problems), problems):
-            if is_deeper(record, MAX_DEPTH):
+            if isinstance(record, (dict, list)) and is_deeper(record, MAX_DEPTH):
                 yield Bad("nested too deeply")
             else:
                 yield from inner_records(record)
@@ -103,11 +103,11 @@ def records(path, cut="line", progress=None):
 
 
 def is_deeper(value, depth):
-    """Whether lists and objects are nested more than `depth` deep."""
-    if not isinstance(value, (dict, list)) or depth == 0:
-        return isinstance(value, (dict, list))
+    """Whether the lists and objects in a list or object are nested more than `depth` deep."""
+    if depth == 0:
+        return True
     for part in value.values() if isinstance(value, dict) else value:
-        if isinstance(part, (dict, list)) and is_deeper(part, depth - 1):    # no call for strings
+        if isinstance(part, (dict, list)) and is_deeper(part, depth - 1):
             return True
     return False
 
@@ -149,16 +149,15 @@ def optional_package(name, path):
 
 def blocks(raw, problems):
     """Yield the content of an open file in blocks of UTF-8, unpacked and decoded."""
-    magic = raw.peek(8)[:8]
     data = unpacked(raw, problems)
     head = take(data, 4096)
-    encoding = archive_of(magic, head) or encoding_of(head)
+    encoding = archive_of(head) or encoding_of(head)
     while head and not encoding:
         yield head                                    # ASCII is the same in all encodings
         head = take(data, 4096)
         encoding = encoding_of(head)
-    while encoding in ASCII_BASED and len(head) < 1 << 20 and is_nearly_ascii(head):
-        more = take(data, len(head))                  # a few bytes may be damage, and decide nothing
+    while encoding in ASCII_BASED and len(head) < 1 << 20 and len(high_bytes(head)) < 256:
+        more = take(data, len(head))                  # a few bytes, perhaps damage, must not decide
         if not more:
             break
         head += more
@@ -171,16 +170,14 @@ def blocks(raw, problems):
         yield head.removeprefix(codecs.BOM_UTF8)
         yield from data
     else:
-        decode = codecs.getincrementaldecoder(encoding)("replace").decode
-        for block in itertools.chain([head], data):
-            yield decode(block).encode("utf-8")
-        yield decode(b"", True).encode("utf-8")
+        for text in codecs.iterdecode(itertools.chain([head], data), encoding, "replace"):
+            yield text.encode("utf-8")
 
 
-def archive_of(magic, head):
-    """The name of what a file is, if its first bytes, packed and unpacked, are of an archive."""
+def archive_of(head):
+    """The name of what a file is, if its first bytes are those of an archive."""
     for start, name in ARCHIVES.items():
-        if magic.startswith(start):
+        if head.startswith(start):
             return name
     return "tar archive" if head[257:262] == b"ustar" else None
 
@@ -196,15 +193,15 @@ def take(data, n, stop=b"\0\0\0\0"):
     return b"".join(parts)
 
 
-def is_nearly_ascii(block):
-    """Whether a block has few bytes that tell encodings apart."""
-    return len(block.translate(None, bytes(range(128)))) < 256
+def high_bytes(block):
+    """The bytes that are not ASCII: those that tell encodings apart."""
+    return block.translate(None, bytes(range(128)))
 
 
 def encoding_of(block):
     """The encoding that fits the bytes best; None for ASCII, "binary file" if they are no text."""
     n, zeros = len(block), block.count(0)
-    high = block.translate(None, bytes(range(128)))
+    high = high_bytes(block)
     broken = block.decode("utf-8", "replace").count("\ufffd") * 5 > len(high)   # a few are damage
     if block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if broken and (zeros or 2 * len(high) > n):
@@ -229,14 +226,14 @@ def encoding_of(block):
 
 def unpacked(raw, problems):
     """Yield the bytes of a plain, .gz, .bz2, .xz or .zst file, as far as it can be unpacked."""
-    raw.seek(0)
     magic = raw.peek(6)[:6]
-    package = next((module for start, module in PACKED.items() if magic.startswith(start)), None)
+    file = raw
+    for start, module in PACKED.items():
+        if magic.startswith(start):
+            file = module.open(raw)
+    data = iter(lambda: file.read1(BLOCK), b"")
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
         data = unpacked_zst(raw)
-    else:
-        file = package.open(raw) if package else raw
-        data = iter(lambda: file.read1(BLOCK), b"")
     try:
         yield from data
     except EOFError:
@@ -285,23 +282,21 @@ def lines(data, problems):
 
 def json_records(first, data, problems):
     """Yield the values of JSONL, of a JSON array, or of JSON objects in sequence, pretty or not."""
-    line, scan = first.lstrip().partition(b"\n")[0], json.JSONDecoder(strict=False).raw_decode
-    try:
-        value = json.loads(line)
-        per_line = isinstance(value, dict) and value != {}          # {} may stand before anything
-    except (ValueError, RecursionError):
-        per_line = False
-    if not per_line:
+    value = json_line(first.lstrip().partition(b"\n")[0])
+    if not isinstance(value, dict) or not value:      # {} may stand before anything
         yield from json_stream(data)
         return
     for line in lines(data, problems):
-        if not line.isspace() and line:
-            text = line.decode("utf-8", "replace").strip(" \t\r\n")
-            try:
-                value, end = scan(text)
-            except (ValueError, RecursionError):
-                value, end = None, -1
-            yield value if end == len(text) else Bad("broken JSON")
+        if line and not line.isspace():
+            yield json_line(line)
+
+
+def json_line(line):
+    """The value in a line of JSONL, or Bad."""
+    try:
+        return LENIENT.decode(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return Bad("broken JSON")
 
 
 def json_stream(data):
@@ -312,12 +307,8 @@ def json_stream(data):
     scan, separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     next_object = re.compile(r"\n[ ,]*(?=\{)|\}[ ,]*(?=\{)")
 
-    def read(n):                                      # about n more characters, "" at the end
-        got = []
-        while n > 0 and (block := next(data, b"")):
-            got.append(decode(block.translate(blank)))
-            n -= len(got[-1])
-        return "".join(got)
+    def read(n):                                      # more text, "" at the end
+        return decode(take(data, max(n, 4)).translate(blank))    # 4 bytes hold a whole character
 
     text, pos, indent, in_array, ended, value = "", 0, "", False, False, None
     while True:
@@ -350,8 +341,9 @@ def json_stream(data):
             # else continue after the error
             start = text.find(f"\n{indent}{{", pos + 1, end + 1)
             if start < 0:
-                start = max(text.rfind("\n", pos, end + 1), pos + 1)
-                start = start if text[start:start + 1] == "\n" else max(end, pos + 1)
+                start = text.rfind("\n", pos + 1, end + 1)
+            if start < 0:
+                start = max(end, pos + 1)
             while not (following := next_object.search(text, start)) and not ended:
                 more = read(BLOCK)
                 text, start, ended = text[-1:] + more, 0, not more
@@ -369,15 +361,13 @@ def csv_records(data, delimiter, problems):
     csv.field_size_limit(MAX_CELL)
     taken, columns, repeats = [], None, 0             # taken: lines of this row, None at the end
 
-    def rows_of(source):
-        def noted():
-            for line in source:
-                taken.append(line)
-                yield line
-            taken.append(None)
-        return csv.reader(noted(), delimiter=delimiter)
+    def noted(source):
+        for line in source:
+            taken.append(line)
+            yield line
+        taken.append(None)
 
-    rows = rows_of(source)
+    rows = csv.reader(noted(source), delimiter=delimiter)
     while True:
         taken.clear()
         try:
@@ -392,7 +382,7 @@ def csv_records(data, delimiter, problems):
             if taken[1:-1] and repeats < 100:         # limits the time for files full of quotes
                 repeats += 1
                 source = itertools.chain(filter(None, taken[1:]), source)
-                rows = rows_of(source)
+                rows = csv.reader(noted(source), delimiter=delimiter)
         elif not columns:
             columns = [column.strip() for column in row]
         elif row:
@@ -444,9 +434,11 @@ def parquet_records(path, problems):
 def in_order(function, items, n_workers, begin, *arguments):
     """Yield function(item) of every item, in order, from processes that called begin(*arguments).
 
-    A few items are in progress at a time, so that reading does not run ahead of the workers. With
-    one worker all happens in this process. Raises SystemExit if a worker dies.
+    n_workers: 0 is one per core; with one worker all happens in this process. A few items are in
+    progress at a time, so that reading does not run ahead of the workers. Raises SystemExit if a
+    worker dies.
     """
+    n_workers = n_workers or os.cpu_count()
     if n_workers == 1:
         begin(*arguments)
         yield from map(function, items)

@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -22,7 +22,7 @@ import sentencepiece
 
 import config
 from cleaning import clean, hash64, pieces
-from corpora import CHAT, TEXT, Bad, raw_records, read, sources
+from corpora import CHAT, TEXT, Bad, contents
 from readers import interruptible, print_report
 from tokenizer import CONTROLS, SPACE, load
 
@@ -69,20 +69,16 @@ def sample(spec):
     Both are chosen by hashes, so that they do not depend on the order of the documents; no
     document is in both.
     """
-    table = CHAT | TEXT
-    inputs = sources(spec, table)
-    train, test = Smallest(sample_bytes), [Smallest(test_bytes) for _ in inputs]
-    for number, name, place, record in raw_records(inputs, table, "reading"):
-        try:
-            text = read(table, name, place, record)
-        except Bad:
+    train, test = Smallest(sample_bytes), defaultdict(lambda: Smallest(test_bytes))
+    for corpus, text in contents(spec, CHAT | TEXT, "reading"):
+        if isinstance(text, Bad):
             continue                                               # the prepare scripts count them
         if isinstance(text, list):                                 # a dialogue
             text = "\n".join(message["content"] for message in text)
         held_out = hash64(text) < test_fraction * 2**64
         for piece in pieces(text, CHUNK):
-            (test[number] if held_out else train).offer(hash64(piece), piece)
-    return train.cleaned(), {source[0]: texts.cleaned() for source, texts in zip(inputs, test)}
+            (test[corpus] if held_out else train).offer(hash64(piece), piece)
+    return train.cleaned(), {corpus: texts.cleaned() for corpus, texts in test.items()}
 
 
 def coverage(texts):
@@ -136,20 +132,14 @@ def train(texts):
 def measure(tok, texts):
     """How a tokenizer does on some texts."""
     encoded = tok.encode_batch(texts)
-    n_bytes, n_tokens = sum(len(text.encode("utf-8")) for text in texts), sum(map(len, encoded))
-    n_characters = sum(map(len, texts))
+    n_tokens = sum(map(len, encoded))
+    everything = "".join(texts)
+    n_characters, n_bytes = len(everything), len(everything.encode("utf-8"))
     failures = sum(tok.decode(ids) != text for text, ids in zip(texts, encoded))
     return {"texts": len(texts), "characters": n_characters, "bytes": n_bytes, "tokens": n_tokens,
             "round_trip_failures": failures,
             "characters_per_token": round(n_characters / max(n_tokens, 1), 4),
             "bytes_per_token": round(n_bytes / max(n_tokens, 1), 4)}
-
-
-def report(toks, test):
-    """{"TOKENIZER on CORPUS": figures} on the held-out texts, and on "all" of them."""
-    test = {**test, "all": [text for texts in test.values() for text in texts]}
-    return {f"{tok.name} on {corpus}": measure(tok, texts)
-            for tok in toks for corpus, texts in test.items()}
 
 
 def check_constants():
@@ -173,16 +163,18 @@ def main():
     with config.whole_file(out, "wb") as f:
         f.write(model)
     tok = load(out)
-    figures = report([tok, *others], test)
+    test["all"] = sum(test.values(), [])
+    figures = {f"{each.name} on {corpus}": measure(each, held_out)
+               for each in (tok, *others) for corpus, held_out in test.items()}
     with config.whole_file(f"{out}.report.json") as f:
         json.dump({"constants": constants, "sha256": tok.sha256, "held_out": figures}, f,
                   ensure_ascii=False, indent=1)
     print("on held-out text:")
     print_report(figures)
     longest = sorted((piece.decode("utf-8", "replace") for piece in tok.pieces), key=len)[-20:]
-    print("longest pieces:", " ".join(json.dumps(piece, ensure_ascii=False) for piece in longest))
+    print("longest pieces:", longest)
     print(f"wrote {out}: {vocab_size:,} pieces, sha256 {tok.sha256[:8]}")
-    if not any(test.values()):
+    if not test["all"]:
         print("the report is empty: of so few documents none was held out; perhaps "
               "--test_fraction=0.2")
     if figures[f"{out} on all"]["round_trip_failures"]:
