@@ -110,10 +110,10 @@ def open_bin(path, dtype, length, meta, made_by, below=None):
     again = f"run python {made_by} again"
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: missing; {again}")
-    n, rest = divmod(os.path.getsize(path), np.dtype(dtype).itemsize)
+    n_bytes = os.path.getsize(path)
+    n, rest = divmod(n_bytes, np.dtype(dtype).itemsize)
     if rest or length not in (None, n):
-        raise SystemExit(f"{path}: of another length ({n:,} numbers and {rest} bytes) than "
-                         f"meta.json says; {again}")
+        raise SystemExit(f"{path}: its {n_bytes:,} bytes are not what meta.json says; {again}")
     data = np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
     crc = 0
     for at in range(0, n, 1 << 24):

@@ -8,6 +8,7 @@ files, tokenizers or process groups.
 Shapes: B sequences, T tokens, S cached tokens, C = dim, H = n_heads, K = n_kv_heads, D = head_dim,
 V = vocab_size.
 """
+import functools
 import inspect
 import math
 from dataclasses import dataclass
@@ -16,12 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-try:
-    from torch.nn.attention.varlen import varlen_attn          # attention over packed documents
-    VARLEN = inspect.signature(varlen_attn).parameters         # "enable_gqa" came with PyTorch 2.13
-except ImportError:
-    VARLEN = ()
 
 IGNORE = -100                  # a target that the loss does not count
 CACHE_STEP = 128               # the visible part of the KV cache grows by so many places
@@ -217,6 +212,7 @@ def attend(q, k, v, mask=None):
 
 def attend_packed(q, k, v, cu_seqlens):
     """attend() within each of the documents that start at cu_seqlens, as in Model.forward()."""
+    from torch.nn.attention.varlen import varlen_attn          # see packed_options()
     T = q.shape[1]                             # no document is longer
     options = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     y = varlen_attn(
@@ -227,6 +223,19 @@ def attend_packed(q, k, v, cu_seqlens):
         window_size=(-1, 0),                   # all that is earlier, nothing that is later
         **options)
     return y.view_as(q)
+
+
+@functools.cache
+def packed_options():
+    """The arguments of PyTorch's attention over packed documents; () where it has none.
+
+    It is imported only where it can run: the import takes longer than that of all else.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+        return inspect.signature(varlen_attn).parameters       # "enable_gqa" came with PyTorch 2.13
+    except ImportError:
+        return ()
 
 
 def document_mask(cu_seqlens, shape):
@@ -409,8 +418,8 @@ class Model(nn.Module):
         """Whether attend_packed() takes this network, on its device, in this dtype."""
         c = self.config
         option = "window_size" if c.n_heads == c.n_kv_heads else "enable_gqa"
-        return (option in VARLEN
-                and has_flash_attention(self.norm.weight.device)
+        return (has_flash_attention(self.norm.weight.device)
+                and option in packed_options()
                 and dtype in (torch.bfloat16, torch.float16)
                 and c.head_dim % 8 == 0
                 and c.head_dim <= 256)

@@ -7,7 +7,7 @@ import torch
 
 import conftest
 import runtime
-from model import IGNORE, VARLEN, Model, ModelConfig, generate
+from model import IGNORE, Model, ModelConfig, generate, packed_options
 from optim import make_optimizers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -91,7 +91,7 @@ def test_loss_and_gradients_of_packed_documents_are_those_of_the_cpu(dtype, n_kv
     loss, ours, packed = loss_and_gradients(model, *on_card, dtype)
     is_half = dtype != torch.float32
     if is_half and is_ampere_or_newer() and torch.version.hip is None:
-        assert packed == ("window_size" in VARLEN)
+        assert packed == ("window_size" in packed_options())
     assert loss == pytest.approx(expected, rel=1e-3)
     # without the mask of documents the gradients would differ by 0.86
     assert (ours - gradients).norm() < (0.1 if is_half else 1e-3) * gradients.norm()

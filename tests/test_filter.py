@@ -236,7 +236,7 @@ def test_bins_of_another_preparation_are_refused(folder, filtered):
     meta = json.loads(path.read_text("utf-8"))
     meta["val"]["documents"] = 2
     path.write_text(json.dumps(meta), "utf-8")
-    with pytest.raises(SystemExit, match="val.corpus: 2, where meta.json says 4 bytes"):
+    with pytest.raises(SystemExit, match="val.corpus: its 2 bytes are not what meta.json says"):
         filtered(**LIKENESS, data_dir="other")
 
 
