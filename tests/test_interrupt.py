@@ -1,6 +1,6 @@
 """Kill real runs at random moments, resume them, and compare with undisturbed runs, bit by bit.
 
-    pytest tests/test_interrupt.py                          9 kills of training, 10 of preparing
+    pytest tests/test_interrupt.py                          7 kills of training, 6 of preparing
     python tests/test_interrupt.py --kills=200 --seed=7     a soak
 """
 import json
@@ -27,7 +27,7 @@ import runtime                                                                 #
 from conftest import (                                                         # noqa: E402
     dialogue, story, train_tokenizer, write_pairs, write_pretrain, write_sft)
 
-kills = 9      # of training, over the kinds of run below; in a soak as many of preparing
+kills = 7      # of training, over the kinds of run below; in a soak as many of preparing
 seed  = 1      # of the moments and the signals
 config.override(globals())
 
@@ -225,7 +225,7 @@ def test_killed_runs_resume_exactly(prepared):
 
 
 def test_killed_preparations_leave_whole_files(prepared):
-    soak_preparing(prepared, 10, seed)
+    soak_preparing(prepared, 6, seed)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the workers in Linux's /proc")
