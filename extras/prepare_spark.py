@@ -7,7 +7,6 @@ Apache Spark distributes its functions; the same documents are kept. docs/spark.
 import json
 import os
 import random
-import re
 import sys
 from collections import Counter
 from functools import partial
@@ -173,7 +172,8 @@ def run(spark, inputs, tok, scratch):
 def main():
     prepare_pretrain.check(**constants)
     config.check_range(1, shard_tokens=shard_tokens)
-    inputs, tok = sources(corpora, TEXT), load(tokenizer)
+    inputs = sources(corpora, TEXT)
+    tok = load(tokenizer)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     conf = SparkConf().setAppName("prepare_spark").setIfMissing("spark.log.level", "ERROR")
     conf.setMaster(master or conf.get("spark.master", "local[*]"))
@@ -195,5 +195,5 @@ if __name__ == "__main__":
     try:
         main()
     except (errors.PySparkRuntimeError, Py4JJavaError) as error:
-        reason = re.search("SystemExit: (.*)", str(error)) or re.search("(.+)", str(error))
-        raise SystemExit(f"Spark (Java 17 or newer, --master={master}): {reason[1]}") from None
+        reason = str(error).rpartition("SystemExit: ")[2].splitlines()[0]
+        raise SystemExit(f"Spark (Java 17 or newer, --master={master}): {reason}") from None

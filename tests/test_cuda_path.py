@@ -1,5 +1,8 @@
-"""What the code would do on a CUDA device, shown without one: the dtypes and shapes that every operation would get, and
-the packed training step with plain loops in the place of the attention kernels."""
+"""What the code would do on a CUDA device, shown without one.
+
+The dtypes and shapes that every operation would get, and the packed training step with plain loops
+in the place of the attention kernels.
+"""
 from contextlib import suppress
 
 import pytest
@@ -11,7 +14,7 @@ from conftest import ROOT, run
 from model import IGNORE, Model, ModelConfig
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# the shapes of the README's table: dim, layers (two are enough, all are alike), query heads, rows' length
+# dim, query heads, length of a row; two layers are enough, as all are alike
 SHAPES = [(512, 4, 512), (768, 6, 512), (1024, 8, 1024), (1536, 12, 1024)]
 
 needs_varlen = pytest.mark.skipif(
@@ -19,7 +22,7 @@ needs_varlen = pytest.mark.skipif(
     reason="attention over packed documents of grouped heads came with PyTorch 2.13")
 
 
-# ---- fake tensors: what autocast on CUDA hands to attention -------------------------------------------------------
+# ---- fake tensors: what autocast on CUDA hands to attention --------------------------------------
 
 @pytest.fixture
 def cuda(monkeypatch):
@@ -28,8 +31,10 @@ def cuda(monkeypatch):
 
 
 def seen_by_attention(config, dtype, T, packed):
-    """[(name of the kernel, its q, k, v)] of a forward pass of fake tensors on "cuda" under autocast to dtype, and the
-    dtype of the hidden states."""
+    """[(name of the kernel, its q, k, v)] of a forward pass, and the dtype of the hidden states.
+
+    With fake tensors on "cuda", under autocast to dtype.
+    """
     from torch._subclasses import FakeTensorMode
     seen = []
 
@@ -44,7 +49,8 @@ def seen_by_attention(config, dtype, T, packed):
         with suppress(ImportError):            # older versions have none
             patch.setattr("torch.nn.attention.varlen.varlen_attn", spy("packed"))
         patch.setattr(F, "scaled_dot_product_attention", spy("dense"))
-        patch.setattr(F, "embedding", lambda x, weight, *more: weight.new_empty(*x.shape, weight.shape[1]))
+        patch.setattr(F, "embedding", lambda x, weight, *more:
+                      weight.new_empty(*x.shape, weight.shape[1]))
         model = Model(config)
         fake = lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda")
         for module in model.modules():
@@ -54,7 +60,8 @@ def seen_by_attention(config, dtype, T, packed):
                 module._buffers[name] = fake(b)
         x = torch.empty(2, T, dtype=torch.int64, device="cuda")
         starts = torch.empty(5, dtype=torch.int32, device="cuda") if packed else None
-        if dtype != torch.float32:             # torch.autocast("cuda") itself refuses a build without CUDA
+        if dtype != torch.float32:
+            # torch.autocast("cuda") itself refuses a build without CUDA
             torch.set_autocast_enabled("cuda", True)
             torch.set_autocast_dtype("cuda", dtype)
             torch.set_autocast_cache_enabled(False)
@@ -108,21 +115,25 @@ def test_what_the_packed_kernel_does_not_take_goes_the_dense_way(cuda, dtype, he
     assert [name for name, *_ in seen] == ["packed" if packed else "dense"] * 2
 
 
-# ---- plain loops in the place of the kernels: the packed training step --------------------------------------------
+# ---- plain loops in the place of the kernels: the packed training step ---------------------------
 
 def register_loops():
-    """Loops over the documents as the CPU's kernels of PyTorch's packed attention, forward and backward."""
+    """Make loops over the documents the CPU's kernels of PyTorch's packed attention."""
     import torch.nn.attention.varlen as varlen
 
     def scores(q, k):
         n = len(q)
         grouped = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         s = torch.einsum("qhd,khd->hqk", q.float(), grouped.float()) / q.shape[-1] ** 0.5
-        return s.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)        # (H, n, n)
+        later = torch.ones(n, n).triu(1).bool()
+        return s.masked_fill(later, -torch.inf).softmax(-1)                    # (H, n, n)
 
     def forward(q, k, v, cu, cu_k, longest, longest_k, *args, **kwargs):
-        assert q.dtype == k.dtype == v.dtype and q.dtype in HALF.values(), (q.dtype, k.dtype, v.dtype)
-        assert cu.dtype == torch.int32 and int(cu.diff().max()) <= longest and int(cu[-1]) == len(q)
+        assert q.dtype in HALF.values()
+        assert k.dtype == v.dtype == q.dtype
+        assert cu.dtype == torch.int32
+        assert int(cu.diff().max()) <= longest
+        assert int(cu[-1]) == len(q)
         out, r = torch.empty_like(q), q.shape[1] // k.shape[1]
         for a, b in zip(cu.tolist(), cu.tolist()[1:]):
             p = scores(q[a:b], k[a:b])
@@ -158,7 +169,7 @@ def cuda_rule():
 
 
 def rounds(step, rank=0):
-    """Micro-batches of one step, uneven over the ranks, with a changing number of documents: (x, y, cu_seqlens)."""
+    """Micro-batches (x, y, cu_seqlens) of one step, more of them on rank 0."""
     random = torch.Generator().manual_seed(100 * step + rank)
     for i in range(3 - rank):
         B = 3 if (step, i) == (2, 1) else 4
@@ -172,7 +183,8 @@ def rounds(step, rank=0):
 def network(**options):
     torch.manual_seed(0)
     model = Model(ModelConfig(1000, 64, 3, 4, max_seq_len=64, qk_norm=True, **options))
-    for p in model.parameters():               # weights large enough that documents matter to each other
+    for p in model.parameters():
+        # large enough that documents matter to each other
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.1)
     return model
 
@@ -212,7 +224,8 @@ for n_kv_heads in (0, 2):
                 loss.backward()
                 losses.append(loss.item())
             assert abs(losses[0] / losses[1] - 1) < 1e-3, losses
-            for (name, a), b in zip(packed.named_parameters(), dense.parameters()):    # 0.05; without documents 0.9
+            for (name, a), b in zip(packed.named_parameters(), dense.parameters()):
+                # 0.05 was seen, and 0.9 where documents see each other
                 assert (a.grad - b.grad).norm() < 0.1 * b.grad.norm() + 1e-4, name
     report()
 """
@@ -233,7 +246,8 @@ for step in range(3):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = forward(x, y, starts)
             (loss * 2 / 1000).backward()
-    alone.load_state_dict(model.state_dict())             # the gradients of both ranks by one process, dense masks
+    # the gradients of both ranks by one process, with dense masks
+    alone.load_state_dict(model.state_dict())
     alone.zero_grad()
     for other in range(2):
         for x, y, starts in path.rounds(step, other):
@@ -255,14 +269,20 @@ dist.destroy_process_group()
 
 
 @needs_varlen
-@pytest.mark.parametrize("script, processes, prints", [(PACKED, 0, 2), (DDP, 2, 2)], ids=["one process", "DDP"])
-def test_compiled_packed_steps_equal_the_dense_mask_and_compile_as_often_as_expected(tmp_path, script, processes,
-                                                                                     prints):
-    """In processes of their own, as the loops stay registered. A block compiles for its first shape, then once for any
-    number of documents and once for any number of rows; the loss twice: five graphs."""
+@pytest.mark.parametrize("script, processes, prints", [
+    pytest.param(PACKED, 0, 2, id="one process"),
+    pytest.param(DDP, 2, 2, id="DDP")])
+def test_compiled_packed_steps_equal_the_dense_mask_and_compile_as_often_as_expected(
+        tmp_path, script, processes, prints):
+    """In processes of their own, as the loops stay registered.
+
+    A block compiles for its first shape, then once for any number of documents and once for any
+    number of rows; the loss twice: five graphs.
+    """
     (tmp_path / "script.py").write_text(BEGIN + script, encoding="utf-8")
     done = run(tmp_path / "script.py", tmp_path, torchrun=processes)
     assert done.rc == 0, done.err[-3000:]
     counts = [tuple(map(int, line.split())) for line in done.out.splitlines()]
-    assert len(counts) == prints and all(breaks == 0 and graphs <= 5 for breaks, graphs in counts), done.out
+    assert len(counts) == prints, done.out
+    assert all(breaks == 0 and graphs <= 5 for breaks, graphs in counts), done.out
     assert "deprecated" not in done.err, done.err

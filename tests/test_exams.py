@@ -534,7 +534,7 @@ def test_folders_without_questions_or_examples_end_in_a_sentence(tok, tmp_path, 
     write_csv(tmp_path / "exam/val/logic_val.csv", numbered(GOOD), HEADER)
     with pytest.raises(SystemExit, match="exam/dev: no solved questions.*--shots=0"):
         sit("ceval", "val", shots=5)
-    (tmp_path / "exam/val/x.csv").mkdir()                                               # is no file, and left out
+    (tmp_path / "exam/val/x.csv").mkdir()                      # is no file, and left out
     assert len(sit("ceval", "val", shots=0, n_questions=2).rows) == 2
 
 
