@@ -435,9 +435,9 @@ def sources(spec, table):
         name, _, path = part.partition(":")
         if name not in table or not path:
             near = difflib.get_close_matches(name, table, n=1)
-            hint = f"; perhaps {near[0]}:{path}" if near and near[0] != name else ""
-            raise SystemExit(f"corpora: {part!r} is not of the form name:path; write NAME:"
-                             f"{path or name} with one of the names {', '.join(table)}{hint}")
+            hint = f"; perhaps {near[0]}:{path or 'PATH'}" if near else ""
+            raise SystemExit(f"corpora: {part!r} is not of the form name:path with one of the "
+                             f"names {', '.join(table)}{hint}")
         files = files_at(path)
         if not files:
             hint = "; write name:path for every part" if "," in path else ""

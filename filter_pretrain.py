@@ -222,6 +222,9 @@ def main():
     ends = document_ends(train, meta["train"]["documents"], tok)
     names, numbers, val_numbers = read_corpora(meta)
     measure, score, n_bytes = scores(train, ends, tok)
+    if not np.isfinite(score).all():
+        raise SystemExit(f"{checkpoint}: the {measure} of some documents is not finite; try "
+                         "--dtype=float32, or another checkpoint")
 
     lengths = np.diff(ends, prepend=0)
     starts = ends - lengths

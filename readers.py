@@ -326,7 +326,8 @@ def json_stream(data):
         except (ValueError, RecursionError):          # 5,000 digits, or a thousand open brackets
             found, end, cut_off = Bad("broken JSON"), pos, False
         if cut_off and not ended and len(text) - pos < MAX_RECORD:
-            more = read(max(BLOCK, len(text) - pos))  # doubling, so that long records stay linear
+            # 3 bytes a character: doubling, so that long records stay linear
+            more = read(max(BLOCK, 3 * (len(text) - pos)))
             text, pos, ended = text[pos:] + more, 0, not more
             continue
         if pos == len(text):

@@ -183,8 +183,11 @@ def ending_together():
     try:
         yield
     except SystemExit as stopped:
-        if WORLD_SIZE > 1 and stopped.code and not dist.is_initialized():
-            is_sentence = isinstance(stopped.code, str)
+        is_sentence = isinstance(stopped.code, str)
+        if WORLD_SIZE > 1 and dist.is_initialized():
+            print(stopped, file=sys.stderr, flush=True)
+            end_at_once(1 if is_sentence else stopped.code)
+        if WORLD_SIZE > 1 and stopped.code:
             with suppress(dist.DistError):                     # the others may have ended, too
                 message_store().set(f"process {RANK}",
                                     stopped.code if is_sentence else "it was stopped")
@@ -239,7 +242,6 @@ def check_equal(constants):
     differ = [name for name, value in constants.items()
               if any(other.get(name) != value for other in everyone)]
     if differ:
-        dist.destroy_process_group()
         raise SystemExit(f"the processes do not agree on {', '.join(differ)}: start them with the "
                          "same constants, and on several machines with the same files (or one "
                          "shared folder)")
@@ -291,8 +293,7 @@ def parallel(model, process, shard, dtype, offload=False):
 def finish(process, code, step, best, out_dir, title):
     """Say what a run has made, unless a signal ended it; returns its exit code.
 
-    One of several processes ends here: ending in the usual way could wait for ever, as DDP's
-    destructor holds Python's lock while it joins a thread of gloo that may need the lock, too.
+    One of several processes ends here.
     """
     if process.is_main and not code:
         print(f"finished at step {step}: lowest validation loss {best:.4f}; {out_dir}/best.pt, "
@@ -302,9 +303,18 @@ def finish(process, code, step, best, out_dir, title):
     if dist.is_initialized():
         dist.destroy_process_group()
     if process.world_size > 1:
-        sys.stdout.flush()
-        os._exit(code)
+        end_at_once(code)
     return code
+
+
+def end_at_once(code):
+    """End one of several processes; in the usual way it could wait for ever.
+
+    The destructors of DDP and of the group hold Python's lock while they join a thread of gloo,
+    which may need the lock, too.
+    """
+    sys.stdout.flush()
+    os._exit(code)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -22,7 +22,7 @@ import sentencepiece
 
 import config
 from cleaning import clean, hash64, pieces
-from corpora import CHAT, TEXT, Bad, contents
+from corpora import CHAT, TEXT, Bad, contents, sources
 from readers import interruptible, print_report
 from tokenizer import CONTROLS, SPACE, load
 
@@ -69,8 +69,10 @@ def sample(spec):
     Both are chosen by hashes, so that they do not depend on the order of the documents; no
     document is in both.
     """
-    train, test = Smallest(sample_bytes), defaultdict(lambda: Smallest(test_bytes))
-    for corpus, text in contents(spec, CHAT | TEXT, "reading"):
+    table = CHAT | TEXT
+    train = Smallest(sample_bytes)
+    test = {corpus: Smallest(test_bytes) for corpus, _, _ in sources(spec, table)}
+    for corpus, text in contents(spec, table, "reading"):
         if isinstance(text, Bad):
             continue                                               # the prepare scripts count them
         if isinstance(text, list):                                 # a dialogue

@@ -107,6 +107,15 @@ def naive_bits_per_byte(model, docs, tok):
     return np.array(scores)
 
 
+def test_scores_that_are_not_finite_end_the_run(folder, filtered):
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["model"]["norm.weight"] *= 1e38                      # its logits overflow
+    torch.save(saved, folder / "large.pt")
+    with pytest.raises(SystemExit, match="large.pt: the bits per byte of .* not finite"):
+        filtered(checkpoint="large.pt", out_dir="none")
+    assert not (folder / "none/train.bin").exists()
+
+
 def test_bits_per_byte_drop_both_tails(folder, tok, filtered):
     saved = checkpoints.load(folder / "model.pt")
     model = Model.from_state(saved["shape"], saved["model"])
