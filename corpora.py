@@ -385,7 +385,8 @@ def moss(record):
         if any("None<eoc>" not in field(turn, "Commands") for turn in chat.values()):
             raise Bad("uses tools")
         text = "".join(optional(turn, name) for turn in chat.values() for name in ("Human", "MOSS"))
-    return dialogue(re.findall(r"[<\[]\|?(\w+)\|?[>\]]: ?(.*?)<eo[ahm]>", text, re.S))
+    turns = re.findall(r"(?:<\|(\w+)\|>|\[(\w+)\]): ?(.*?)<eo[ahm]>", text, re.S)
+    return dialogue([(new or old, content) for new, old, content in turns])
 
 
 # ---- preferences: a better and a worse answer ----------------------------------------------------
@@ -506,7 +507,12 @@ def read(table, name, place, record):
 
 def document(name, record, place=""):
     """The clean text of a record of the corpus of this name; raises Bad if there is none."""
-    text = clean(read(TEXT, name, place, record))
+    return usable(read(TEXT, name, place, record))
+
+
+def usable(text):
+    """The text, clean; raises Bad if it is not worth training on."""
+    text = clean(text)
     if reason := quality(text):
         raise Bad(reason)
     return text
@@ -514,26 +520,27 @@ def document(name, record, place=""):
 
 def documents(spec):
     """Yield (corpus, clean text, or Bad with the reason) for every record, in order."""
-    return contents(spec, TEXT)
+    return contents(sources(spec, TEXT), TEXT, usable)
 
 
 def dialogues(spec):
     """Yield (corpus, [{"role", "content"}, ...], or Bad with the reason) for every record."""
-    return contents(spec, CHAT)
+    return contents(sources(spec, CHAT), CHAT)
 
 
-def contents(spec, table, title=None):
-    """Yield (corpus, what read() returns, or Bad) for every record; clean text if table is TEXT."""
-    inputs = sources(spec, table)
+def contents(inputs, table, refine=None, title=None):
+    """Yield (corpus, what read() returns, or Bad) for every record.
+
+    inputs: as of sources(); refine: called with what read() returns, may raise Bad.
+    """
     for number, name, place, record in raw_records(inputs, table, title):
         try:
-            if table is TEXT:
-                result = document(name, record, place)
-            else:
-                result = read(table, name, place, record)
+            content = read(table, name, place, record)
+            if refine:
+                content = refine(content)
         except Bad as bad:
-            result = bad
-        yield inputs[number][0], result
+            content = bad
+        yield inputs[number][0], content
 
 
 if __name__ == "__main__":

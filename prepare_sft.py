@@ -186,15 +186,15 @@ def with_typos(text, rng):
 def sharing_a_question(inputs):
     """The numbers of the inputs whose first records mostly begin with the same question."""
     found = set()
-    for number, (corpus, _, _) in enumerate(inputs):
+    for number, source in enumerate(inputs):
         questions = Counter()
-        for _, content in itertools.islice(contents(corpus, TABLE), SAMPLE):
+        for _, content in itertools.islice(contents([source], TABLE), SAMPLE):
             if not isinstance(content, Bad):          # the bad ones are counted by write()
                 questions[first_question(dialogues_of(content))] += 1
         most = max(questions.values(), default=0)
         if most > 1 and most > questions.total() / 2:
             found.add(number)
-            print(f"{corpus}: most dialogues begin with the same question, so they are split by "
+            print(f"{source[0]}: most dialogues begin with the same question, so they are split by "
                   "a hash of the whole dialogue")
     return found
 

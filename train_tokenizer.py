@@ -70,9 +70,10 @@ def sample(spec):
     document is in both.
     """
     table = CHAT | TEXT
+    inputs = sources(spec, table)
     train = Smallest(sample_bytes)
-    test = {corpus: Smallest(test_bytes) for corpus, _, _ in sources(spec, table)}
-    for corpus, text in contents(spec, table, "reading"):
+    test = {corpus: Smallest(test_bytes) for corpus, _, _ in inputs}
+    for corpus, text in contents(inputs, table, title="reading"):
         if isinstance(text, Bad):
             continue                                               # the prepare scripts count them
         if isinstance(text, list):                                 # a dialogue
