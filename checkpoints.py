@@ -4,11 +4,11 @@ All of it is checked here, at the door: what is damaged, foreign or of another r
 sentence, so that no other file has to expect it.
 """
 import csv
-import fnmatch
 import hashlib
 import json
 import math
 import os
+import re
 import zipfile
 import zlib
 from contextlib import suppress
@@ -151,7 +151,8 @@ def open_shards(path, dtype, length, meta, made_by, below=None):
     meta.json lists the shards among the checksums. Shards are returned as one, see Shards.
     """
     file = Path(path)
-    names = sorted(fnmatch.filter(meta["crc32"], f"{file.stem}-[0-9]*{file.suffix}"))
+    shard = re.escape(file.stem) + r"-\d+" + re.escape(file.suffix)
+    names = sorted(filter(re.compile(shard).fullmatch, meta["crc32"]))
     if not names:
         return open_bin(path, dtype, length, meta, made_by, below)
     shards = Shards([open_bin(file.with_name(name), dtype, None, meta, made_by, below)
