@@ -46,7 +46,7 @@ config.override(globals())
 MADE_BY = "prepare_pretrain.py"
 HASH_BITS = 18                         # n-grams are counted in 2^18 buckets
 # what meta.json counts of each corpus: what is kept, and by reason what is dropped
-FIGURES = "documents", "tokens", "bytes"
+FIGURES = checkpoints.COUNTS[MADE_BY]
 DROPPED = "dropped", "dropped_tokens", "dropped_bytes"
 
 
@@ -120,7 +120,7 @@ def document_ends(train, n_documents, tok):
     return ends
 
 
-def scores(train, ends, tok):
+def scores(train, ends, lengths, tok):
     """(what is measured, the score of each document, its UTF-8 bytes)."""
     measure, value = scorer(tok)
     total = np.zeros(len(ends))
@@ -134,9 +134,7 @@ def scores(train, ends, tok):
         np.add.at(total, document, value(np.append(before, ids)))
         np.add.at(n_bytes, document, token_bytes[ids])
         before = ids[-1]
-    sizes = np.diff(ends, prepend=0)
-    if checkpoint:
-        sizes = np.maximum(n_bytes, 1)
+    sizes = np.maximum(n_bytes, 1) if checkpoint else lengths
     return measure, total / sizes, n_bytes
 
 
@@ -221,13 +219,13 @@ def main():
         for part in ("train", "val"))
     ends = document_ends(train, meta["train"]["documents"], tok)
     names, numbers, val_numbers = read_corpora(meta)
-    measure, score, n_bytes = scores(train, ends, tok)
+    lengths = np.diff(ends, prepend=0)
+    starts = ends - lengths
+    measure, score, n_bytes = scores(train, ends, lengths, tok)
     if not np.isfinite(score).all():
         raise SystemExit(f"{checkpoint}: the {measure} of some documents is not finite; try "
                          "--dtype=float32, or another checkpoint")
 
-    lengths = np.diff(ends, prepend=0)
-    starts = ends - lengths
     low, high = np.quantile(score, [drop_low, 1 - drop_high])
     print_extremes(measure, score, train, starts, ends, tok)
     with config.only_watching("histogram"):
