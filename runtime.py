@@ -185,7 +185,8 @@ def ending_together():
     except SystemExit as stopped:
         is_sentence = isinstance(stopped.code, str)
         if WORLD_SIZE > 1 and dist.is_initialized():
-            print(stopped, file=sys.stderr, flush=True)
+            if is_sentence:
+                print(stopped, file=sys.stderr, flush=True)
             end_at_once(1 if is_sentence else stopped.code)
         if WORLD_SIZE > 1 and stopped.code:
             with suppress(dist.DistError):                     # the others may have ended, too
