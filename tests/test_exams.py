@@ -17,11 +17,12 @@ import torch
 import checkpoints
 import runtime
 import tokenizer as tokenizers
-from extras import exams, huggingface
+from extras import exams
 from extras.exams import score
 from model import Model, ModelConfig
 
 from conftest import DID, WHERE, WHO, story
+from test_model import like_transformers
 
 LETTERS = "ABCD"
 
@@ -369,28 +370,9 @@ def test_an_exam_is_that_of_a_loop_over_questions_and_options(
 
 @pytest.mark.parametrize("kind, options", [("Llama", dict(qk_norm=False)), ("Qwen3", {})])
 def test_accuracy_and_predictions_are_those_of_transformers(kind, options, tok, tmp_path, sit):
-    import transformers
-
     model = network(tok.vocab_size, max_seq_len=700, tie_embeddings=False, **options)
     save(tmp_path / "best.pt", model, tok, "pretrain")
-    c = model.config
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.hidden_dim,
-        rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.max_seq_len,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
-        tie_word_embeddings=False,
-        attention_bias=False)
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    theirs.load_state_dict(
-        {huggingface.their_name(name): w for name, w in model.state_dict().items()}
-    )
+    theirs = like_transformers(kind, model.config, model.state_dict())
     made = write_exam(tmp_path / "exam", "ceval", "val", n=12)
     sat = sit("ceval", "val", shots=3)
     strip = lambda rows: [[field.strip() for field in row] for row in rows]
@@ -468,7 +450,7 @@ def test_files_without_answers_are_answered_for_submission(exam, header, blank, 
     assert len(sat.rows) == 3 and set(sat.json[name].values()) <= set(LETTERS)
     assert "accuracy" not in sat.said and "|" not in sat.page
     assert "3 questions have no answer in their file" in sat.said
-    write_csv(tmp_path / f"exam/test/other_test.csv", dev, header and HEADER)  # one of each
+    write_csv(tmp_path / "exam/test/other_test.csv", dev, header and HEADER)  # one of each
     sat = sit(exam, "test", shots=2)
     assert sat.json.keys() == {name}
     assert "| all | 3 |" in sat.page and "other: 0 solved questions" in sat.page

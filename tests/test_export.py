@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from conftest import dialogue, import_weights, run, story
+from conftest import TEXTS, dialogue, import_weights, run, story
 
 import checkpoints
 import templates
@@ -30,23 +30,6 @@ KINDS = {
     "Llama scaled": dict(rope_scaling=LLAMA3, head_dim=12),
     "Qwen2": dict(qkv_bias=True, n_kv_heads=1),
     "Qwen3": dict(qk_norm=True, head_dim=12, n_kv_heads=2)}
-TEXTS = [
-    "",
-    " ",
-    "\n",
-    "你好，世界！",
-    "从前，小猫在河边唱歌。\n\n  第二段。",
-    "a   b\t\tc  ",
-    "行\r\n行\r行\x0b\x0c\x85\u2028尾",
-    "👨‍👩‍👧‍👦🏳️‍🌈😀",
-    "▁a▁▁ b▁",
-    "\x00a\x01\x7f",
-    "龘靐齉𠮷㐀 國語",
-    "é e\u0301 ﬁ Ａ１①\ufeff\u200b\u00a0\u3000x",
-    "3.14159 1,000",
-    "def f(x):\n    if x:\n\t\treturn  [x] * 2  # <0x0A>\n",
-    "x" * 500,
-    " " * 40 + "哈" * 41]
 
 
 @pytest.fixture(scope="module")

@@ -12,34 +12,16 @@ import sys
 
 import pytest
 import sentencepiece
-from conftest import ROOT, run, story
+from conftest import ROOT, TEXTS, run, story
 
 import templates
 import tokenizer
 
-NASTY = [
-    "",
-    " ",
-    "\n",
-    "你好，世界！",
-    "从前，小猫在河边唱歌。\n\n  第二段。",
-    "a   b\t\tc  ",
-    "行\r\n行\r行\x0b\x0c\x85\u2028尾",
-    "👨‍👩‍👧‍👦🏳️‍🌈😀",
-    "▁a▁▁ b▁",
-    "\x00",
-    "a\x00b\x01\x7f",
-    "龘靐齉𠮷㐀",
-    "國語與繁體字",
-    "é e\u0301 ﬁ Ａ１①",
-    "\ufeff\u200b\u00a0\u3000x",
+NASTY = TEXTS + [
     "<|user|>你是谁<|end|><|assistant|>",
     "<s></s><pad><unk>",
-    "<0x41><0x0A>",
     "<|endoftext|>",
     "▅ ⁇ �",
-    "3.14159 1,000",
-    "x" * 3000,
 ]
 
 
