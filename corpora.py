@@ -62,7 +62,8 @@ def field(record, *names):
     for name in names:
         if value := optional(record, name):
             return value
-    raise Bad(f"no {names[0]}")
+    empty = [name for name in names if name in record]
+    raise Bad(f"no {(empty or names)[0]}")
 
 
 def optional(record, name):

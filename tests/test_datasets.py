@@ -319,6 +319,15 @@ def test_dialogues_that_do_not_fit_have_a_reason(turns, reason):
         CHAT["sharegpt"].read(record)
 
 
+@pytest.mark.parametrize("record, reason", [
+    ({"input": "一"}, "no response"),                     # the first of the names that it may have
+    ({"input": "一", "target": " "}, "no target"),        # the one that this record has
+    ({"instruction": "", "input": "", "target": "二"}, "no instruction")])
+def test_a_missing_text_is_counted_under_the_name_that_the_record_has(record, reason):
+    with pytest.raises(Bad, match=reason):
+        CHAT["firefly"].read(record)
+
+
 ALL_TURNS = {
     "chosen": [user("问"), assistant("好")],
     "rejected": [user("问"), assistant("坏")]}
