@@ -314,8 +314,8 @@ def read_constants(path, constants, stage):
     in one of another stage, which open_run() refuses.
     """
     try:
-        # mapped: the weights are not read
-        saved = torch.load(path, weights_only=True, mmap=True)
+        # mapped: the weights are not read, nor sent to the card that they were on
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         earlier = saved["constants"] if saved["stage"] == stage else {}
         return {name: value for name, value in earlier.items()
                 if type(value) is type(constants.get(name))

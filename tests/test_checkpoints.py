@@ -204,6 +204,16 @@ def test_a_last_pt_that_lacks_a_part_is_refused(state, tmp_path, name, value):
     )
 
 
+def test_the_constants_of_a_run_on_a_card_are_read_without_one(state, tmp_path, monkeypatch):
+    path = str(tmp_path / "last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        checkpoints.save(path, {**state, **RUN, "constants": {"lr": 0.5}})
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path, weights_only=True)
+    assert checkpoints.read_constants(path, {"lr": 0.1}, "pretrain") == {"lr": 0.5}
+
+
 def test_the_constants_of_another_stage_are_left_to_the_check_of_the_run(state, tmp_path):
     path = str(tmp_path / "last.pt")
     checkpoints.save(path, {**state, **RUN, "stage": "sft", "constants": {"max_seq_len": 0}})
