@@ -20,7 +20,7 @@ step() {                                       # step SECONDS COMMAND...
 }
 
 # 1. does it compute the same as the CPU?
-step 600 $PYTHON -m pytest -q tests/test_cuda.py
+step 900 $PYTHON -m pytest -q tests/test_cuda.py
 
 # 2. speed, share of the card's matrix products (MFU) and memory, for the shapes of docs/training.md;
 #    once with as many rows as fit this card, once with as many as fit 24 GB
@@ -33,19 +33,21 @@ import torch
 import runtime
 from model import Model, ModelConfig
 dim, layers, heads, length = map(int, sys.argv[1:])
-torch.cuda.mem_get_info = lambda device: (24 * 10**9, 24 * 10**9)
-model = Model(ModelConfig(16384, dim, layers, heads, max_seq_len=length, qk_norm=True))
 process = runtime.Process(0, 0, 1, torch.device("cuda"))
+model = Model(ModelConfig(16384, dim, layers, heads, max_seq_len=length, qk_norm=True)).cuda()
+model.is_compiled = runtime.can_compile(process.device)
+free = 24 * 10**9 - torch.cuda.memory_allocated()
+torch.cuda.mem_get_info = lambda device: (free, free)
 print(runtime.rows_that_fit(model, process, "bfloat16", 131072 // length, length))
 PYTHON
 )
     step 180 $PYTHON -m extras.bench --only=training $flags --out=$OUT/bench_$dim.json
     step 180 $PYTHON -m extras.bench --only=training $flags --micro_batch="$rows" --out=$OUT/bench_${dim}_24gb.json
 done
-step 180 $PYTHON -m extras.bench --only=generation --out=$OUT/bench_generation.json
+step 300 $PYTHON -m extras.bench --only=generation --out=$OUT/bench_generation.json
 
 # 3. the whole pipeline, on a small corpus
-step 300 make -o .venv/demo demo PYTHON="$PYTHON"
+step 400 make -o .venv/demo demo PYTHON="$PYTHON"
 
 # 4. a real run
 if [ -n "$CORPORA" ]; then
