@@ -31,7 +31,8 @@ def shard(model, process, mode, dtype, offload):
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                         fully_shard)
     if not dist.is_initialized():              # one process, which offloads
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = process.device
     mesh = init_device_mesh(device.type, (process.world_size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -261,6 +261,14 @@ def test_what_cannot_be_sharded_is_refused(shard, n, batch, more, says):
         runtime.check_sharding(shard, **{**how, **more})
 
 
+@is_new
+def test_cards_without_nccl_cannot_share_a_model(monkeypatch):
+    monkeypatch.setattr(runtime.dist, "is_nccl_available", lambda: False)
+    card = runtime.Process(0, 0, 1, torch.device("cuda", 0))
+    with pytest.raises(SystemExit, match="needs NCCL"):
+        runtime.check_sharding("full", True, "off", "float32", 4, card)
+
+
 def test_what_cannot_be_offloaded_is_refused():
     alone, mac = (runtime.Process(0, 0, 1, torch.device(name)) for name in ("cpu", "mps"))
     for shard, process, says in ("", alone, "--shard=full"), ("full", mac, "MPS"):
