@@ -283,8 +283,7 @@ def main():
         else:
             run.refuse(step, f"the loss is {train_loss}, the gradient's norm {grad_norm}")
         scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        runtime.clear_gradients(forward, optimizers)
 
         row = dict(step=step, tokens=round(step * batch_pairs * tokens_per_pair),
                    lr=lr * schedule(step), loss=train_loss, grad_norm=grad_norm)

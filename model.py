@@ -202,6 +202,10 @@ def attend(q, k, v, mask=None):
     q = q.transpose(1, 2)                                                      # (B, H, T, D)
     k = k.transpose(1, 2)                                                      # (B, K, S, D)
     v = v.transpose(1, 2)
+    n_shared = q.shape[1] // k.shape[1]
+    if q.is_cuda and n_shared > 1:             # or all scores are kept, in float32 (to PyTorch 2.13)
+        k = k.repeat_interleave(n_shared, dim=1)
+        v = v.repeat_interleave(n_shared, dim=1)
     y = F.scaled_dot_product_attention(
         q, k, v,
         attn_mask=mask,
@@ -276,6 +280,7 @@ class Model(nn.Module):
     offloads = False               # what bytes_kept() counts is in the host's memory
     has_muon = True                # for the matrices of the blocks: one moment, AdamW keeps two
     static_caches = False          # by compile_generation(): a CUDA graph writes to the same places
+    caches = None                  # which are kept for that
 
     def __init__(self, config):
         super().__init__()
@@ -354,7 +359,8 @@ class Model(nn.Module):
             # compiled in training only: the shapes of generation change and would recompile it
             run = block.forward if self.is_compiled and not training else block
             if self.recompute and training:    # Chen et al. 2016, arXiv:1604.06174
-                h = checkpoint(run, h, rope, mask, cache, cu_seqlens, use_reentrant=False)
+                h = checkpoint(run, h, rope, mask, cache, cu_seqlens, use_reentrant=False,
+                               preserve_rng_state=False)       # nothing is random in it
             else:
                 h = run(h, rope, mask, cache, cu_seqlens)
         return self.norm(h)
@@ -380,7 +386,7 @@ class Model(nn.Module):
         parts = []
         for hs, ys in zip(h.split(rows), y.split(rows)):
             part = checkpoint(self.nats, hs, weight, ys, "none", use_reentrant=False,
-                              preserve_rng_state=False)        # nothing is random in it
+                              preserve_rng_state=False)
             parts.append(part)
         nats = torch.cat(parts)
         return nats if per_token else nats.sum()
@@ -409,7 +415,10 @@ class Model(nn.Module):
         self.is_compiled = True
 
     def compile_generation(self):
-        """Compile the step of generate(); on CUDA it is replayed as a graph: fewer launches."""
+        """Compile the step of generate(); on CUDA it is replayed as a graph: fewer launches.
+
+        There one generate() must end before the next begins: they use the same caches.
+        """
         self.static_caches = self.norm.weight.is_cuda
         mode = "reduce-overhead" if self.static_caches else None
         self.decode = torch.compile(self.next_logits, mode=mode)
@@ -418,11 +427,12 @@ class Model(nn.Module):
         """Whether attend_packed() takes this network, on its device, in this dtype."""
         c = self.config
         option = "window_size" if c.n_heads == c.n_kv_heads else "enable_gqa"
-        return (has_flash_attention(self.norm.weight.device)
+        return (has_flash_attention(self.rope.device)
                 and option in packed_options()
                 and dtype in (torch.bfloat16, torch.float16)
                 and c.head_dim % 8 == 0
-                and c.head_dim <= 256)
+                # between these, cards such as RTX 30 and 40 have no backward pass
+                and (c.head_dim <= 192 or c.head_dim == 256))
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -473,9 +483,10 @@ class Model(nn.Module):
         if size < 4 and not self.is_compiled:  # the norms keep copies in float32
             numbers += 4 * c.dim + 2 * heads
         if not self.has_packed_attention(dtype):
-            numbers += T                       # attention keeps the mask in this dtype
+            # attention keeps the mask in this dtype and, on CUDA, shared keys for every head
+            numbers += T + 2 * (c.n_heads - c.n_kv_heads) * c.head_dim * self.rope.is_cuda
         block = rows * T * numbers * size
-        chunk = min(rows * T, loss_rows(self.norm.weight.device, c.vocab_size))
+        chunk = min(rows * T, loss_rows(self.rope.device, c.vocab_size))
         loss = c.vocab_size * chunk * per_logit
         if self.head.weight.requires_grad:
             loss += c.vocab_size * c.dim * (4 + size)
@@ -576,7 +587,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     ends = [config.max_seq_len + n for n in pads]              # where the context of each is full
     size = min(max(ends), longest + max_new_tokens)
     caches = empty_caches(model, B, size)
-    places = torch.arange(size, device=device)
+    places = torch.arange(caches[0][0].shape[2], device=device)
     slots = places[:longest]                                   # where the keys and values of x go
     alive = [True] * B
     for length in range(longest, size):
@@ -601,18 +612,29 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 def empty_caches(model, B, size):
     """Room for the keys and values of `size` tokens, for every layer: two (B, K, size, D).
 
-    They keep their place and size, so that a compiled step fits every token.
+    They keep their place and size, so that a compiled step fits every token. For a CUDA graph,
+    which belongs to its caches, they may be larger, and are those of the last answer if they can
+    be: what is left in them is never visible.
     """
     c, weight = model.config, model.norm.weight
+    if model.static_caches:
+        size = min(2**math.ceil(math.log2(size)), c.max_seq_len)               # few sizes
+        if model.caches:
+            has_room = model.caches[0][0].shape
+            if has_room[0] == B and has_room[2] >= size:
+                return model.caches
     shape = B, c.n_kv_heads, size, c.head_dim
     caches = []
     for _ in model.blocks:
         keys = torch.zeros(shape, dtype=product_dtype(weight), device=weight.device)
         values = torch.zeros_like(keys)
         if model.static_caches:                # without the mark no graph may write to them
-            torch._dynamo.mark_static_address(keys)
-            torch._dynamo.mark_static_address(values)
+            # guarded, PyTorch 2.6 would compile the network anew for other caches
+            torch._dynamo.mark_static_address(keys, guard=False)
+            torch._dynamo.mark_static_address(values, guard=False)
         caches.append((keys, values))
+    if model.static_caches:
+        model.caches = caches
     return caches
 
 

@@ -238,8 +238,7 @@ def main():
         else:
             run.refuse(step, f"the loss is {train_loss}, the gradient's norm {grad_norm}")
         scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        runtime.clear_gradients(forward, optimizers)
 
         row = dict(step=step, tokens=step * batch_rows * max_seq_len, lr=lr * schedule(step),
                    loss=train_loss, grad_norm=grad_norm)

@@ -99,6 +99,7 @@ def start(device, batch_rows=1, constants={}, offload=False):
             backend = "cuda:nccl,cpu:gloo"
         dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
                                 store=dist.PrefixStore("group", message_store()),
+                                timeout=timedelta(hours=1),    # one saves, the others wait for it
                                 device_id=device if nccl else None)
         check_equal(constants)
     return Process(RANK, LOCAL_RANK, WORLD_SIZE, device)
@@ -259,6 +260,9 @@ def check_sharding(shard, offload, compile, dtype, batch, process):
         raise SystemExit("--offload: Apple's MPS has no memory of its own, nothing would be gained")
     if not shard:
         return
+    if process.device.type == "cuda" and not dist.is_nccl_available():
+        raise SystemExit(f"--shard={shard} needs NCCL on a graphics card, and this PyTorch has "
+                         "none (on Windows it never has)")
     if torch.__version__ < sharding.OLDEST:
         raise SystemExit(f"--shard={shard} needs PyTorch {sharding.OLDEST} or newer, this is "
                          f"{torch.__version__}")
@@ -287,8 +291,17 @@ def parallel(model, process, shard, dtype, offload=False):
         model.no_sync = nullcontext
         return model
     devices = [process.device] if process.device.type == "cuda" else None
-    # as views of the buckets the gradients are not there twice
+    # it never changes, but would be sent in every step
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["rope"])
+    # as views of the buckets the gradients are not there twice, see clear_gradients()
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def clear_gradients(forward, optimizers):
+    """Ready for the next step. forward: of parallel(); DDP's gradients stay in its buckets."""
+    in_buckets = isinstance(forward, DistributedDataParallel)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=not in_buckets)
 
 
 def finish(process, code, step, best, out_dir, title):
@@ -402,26 +415,36 @@ def load_model(path, tokenizer="", device="auto", dtype="auto"):
 def compiled(model, choice, process, tokens):
     """Compile the model if choice (auto | on | off) says so.
 
-    auto: on CUDA where Triton is installed, and on a CPU with a C++ compiler for runs of many
-    tokens: the speed of the steps (1.4 times on a CPU) then repays the half minute at the start.
-    It depends on the whole run, so that resuming decides the same.
+    auto: where can_compile(), on a CPU only for runs of many tokens: the speed of the steps (1.4
+    times on a CPU) then repays the half minute at the start. It depends on the whole run, so that
+    resuming decides the same.
     """
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"--compile={choice}: choose auto, on or off")
-    wanted, device = choice == "on", process.device.type
-    if choice == "auto" and device == "cuda":
-        wanted = importlib.util.find_spec("triton")
-    elif choice == "auto" and device == "cpu":
-        header = Path(sysconfig.get_path("include"), "Python.h")
-        has_compiler = shutil.which("g++") or shutil.which("clang++")
-        is_long = tokens * model.flops_per_token(0) > 2e14
-        wanted = is_long and has_compiler and header.exists()
-    if wanted:
+    on_card = process.device.type == "cuda"
+    if choice == "auto" and on_card and not can_compile(process.device):
+        process.print("nothing is compiled: on a card torch.compile needs Triton, a C++ compiler "
+                      "and Python.h, and the card must be of 2017 (Volta) or newer")
+    is_long = on_card or tokens * model.flops_per_token(0) > 2e14
+    if choice == "on" or choice == "auto" and is_long and can_compile(process.device):
         model.compile()
 
 
+def can_compile(device):
+    """Whether torch.compile works there; Triton, too, compiles a little C for each machine."""
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    has_compiler = bool(compiler) and header.exists()
+    if device.type == "cuda":
+        brings_compiler = os.name == "nt"      # Triton for Windows
+        return ((has_compiler or brings_compiler)
+                and importlib.util.find_spec("triton") is not None
+                and torch.cuda.get_device_capability(device)[0] >= 7)
+    return device.type == "cpu" and has_compiler
+
+
 def rows_that_fit(model, process, dtype, batch_rows, T):
-    """As many rows of T tokens, a power of two, as the free memory of a CUDA device holds.
+    """As many rows of T tokens, a power of two, as the free memory of every CUDA device holds.
 
     By the model's own estimate. Elsewhere 16: more are not faster there.
     """
@@ -434,6 +457,10 @@ def rows_that_fit(model, process, dtype, batch_rows, T):
     while rows < share and (model.bytes_to_train(2 * rows, T, DTYPES[dtype]) - weights
                             < 0.9 * free):
         rows *= 2
+    if dist.is_initialized():                  # sharded, all must run the model equally often
+        everyone = [None] * process.world_size
+        dist.all_gather_object(everyone, rows)
+        rows = min(everyone)
     return rows
 
 
@@ -538,7 +565,7 @@ def memory_advice(constants):
     try:
         yield
     except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         rows = constants["micro_batch"]
         advice = "rows of half the length (--max_seq_len), --recompute, or a smaller model"

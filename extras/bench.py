@@ -100,7 +100,8 @@ def in_turns(*functions):
 def product_rate(device, dtype_name):
     """Floating-point operations per second of a matrix product: the best of a few sizes."""
     rates, dtype = [], getattr(torch, dtype_name)
-    for n in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072):
+    # no larger: a run may have filled the memory
+    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048, 3072):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         for _ in range(3):
             began = now()
@@ -210,7 +211,8 @@ def generation():
     model = network().to(where, getattr(torch, runtime.precision(where, dtype)[0])).eval()
     model.norm.weight.data *= 10               # logits as far apart as those of a trained model
     rng, rows = np.random.default_rng(0), []
-    for is_compiled in [False] if compile == "off" else [False, True]:
+    wanted = compile == "on" or compile == "auto" and runtime.can_compile(where)
+    for is_compiled in [False, True] if wanted else [False]:
         if is_compiled:
             model.compile_generation()
         for B in 1, 16:

@@ -339,6 +339,7 @@ def test_preparing_on_a_full_disk_ends_in_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried to allocate 256 bytes"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_ends_in_one_sentence_that_halves_the_micro_batch(error):

@@ -447,6 +447,17 @@ def test_the_caches_of_a_cuda_graph_are_marked_as_static():
         assert marks == [model.static_caches] * 2 * TINY["n_layers"]
 
 
+def test_answers_in_kept_caches_are_those_in_new_ones():
+    model = tiny(n_kv_heads=2, qk_norm=True)
+    expected = answers(model, PROMPTS, 30)
+    model.static_caches = True
+    places = []
+    for prompts, n in ((4, 30), (4, 5), (4, 30), (1, 30), (1, 5)):
+        assert answers(model, PROMPTS[:prompts], n) == [e[:n] for e in expected[:prompts]]
+        places.append(model.caches[0][0].data_ptr())
+    assert places[0] == places[1] == places[2] and places[3] == places[4]
+
+
 OTHER = dict(
     vocab_size=98,
     dim=64,

@@ -715,6 +715,29 @@ def test_a_micro_batch_fills_the_memory_of_a_card_but_not_more_than_its_share_of
     assert rows & (rows - 1) == 0
 
 
+ROWS_OF_TWO = """
+import torch
+import torch.distributed as dist
+import runtime
+from model import Model, ModelConfig
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.cuda.mem_get_info = lambda device: ((2e9, 80e9)[rank], 80e9)
+process = runtime.Process(rank, rank, 2, torch.device("cuda", rank))
+model = Model(ModelConfig(16_384, 512, 8, 4))
+print(runtime.rows_that_fit(model, process, "bfloat16", 128, 512))
+dist.destroy_process_group()
+"""
+
+
+def test_the_card_with_the_least_memory_decides_for_all(tmp_path):
+    """Processes that share a model must run it equally often, or they wait for ever."""
+    (tmp_path / "script.py").write_text(ROWS_OF_TWO, encoding="utf-8")
+    done = run(tmp_path / "script.py", tmp_path, torchrun=2)
+    assert done.rc == 0, done.err
+    assert done.out.split() == ["8", "8"]
+
+
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_run_is_announced_with_its_cost(monkeypatch, capsys, world_size):
     monkeypatch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e10)
@@ -1378,6 +1401,29 @@ def test_a_cpu_compiles_long_runs_where_there_is_a_compiler(
     model = Model(ModelConfig(400, **SHAPE))
     runtime.compiled(model, "auto", runtime.Process(0, 0, 1, CPU), tokens)
     assert len(compiled) == expected
+
+
+@pytest.mark.parametrize(
+    "compiler, triton, generation, expected",
+    [
+        ("clang++", True, 7, True),
+        ("", True, 7, False),
+        ("clang++", False, 7, False),
+        ("clang++", True, 6, False),
+    ],
+)
+def test_a_card_compiles_where_triton_can(
+    monkeypatch, capsys, compiler, triton, generation, expected
+):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name == compiler)
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    process = runtime.Process(0, 0, 1, torch.device("cuda", 0))
+    runtime.compiled(Model(ModelConfig(400, **SHAPE)), "auto", process, 1000)
+    assert bool(compiled) == expected
+    assert ("nothing is compiled" in capsys.readouterr().out) != expected
 
 
 @pytest.mark.parametrize(
