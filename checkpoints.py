@@ -372,20 +372,19 @@ def restore(saved, model, optimizers, scaler):
         raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
                          "give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
-        groups = optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        groups = optimizer.state_dict()["param_groups"]        # the rates and the device of now
         try:
             shares = {i: {name: sharding.share(moment, parameters[i])
                           for name, moment in moments.items()}
                       for i, moments in state["state"].items()}
-            optimizer.load_state_dict({**state, "state": shares})
+            optimizer.load_state_dict({"state": shares, "param_groups": groups})
             for p, moments in optimizer.state.items():
                 if not all(v.shape in (p.shape, ()) and is_finite(v) for v in moments.values()):
                     raise ValueError
         except Exception:                                     # PyTorch looks at nothing before use
             raise SystemExit("last.pt: refused: the state of its optimizer does not fit the "
                              "network") from None
-        optimizer.param_groups = groups        # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
         if wrong := has(saved["scaler"], SCALER):
             raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")
@@ -444,11 +443,11 @@ class Run:
         state = sharding.whole({"model": model.state_dict(), **more})
         if self.is_main:
             weights = state["model"]
-            if model.config.tie_embeddings:                   # gathered, they are two copies
+            if name == "best.pt":              # merged as load() does it, and not on a full card
+                weights = lora.merge({key: weight.cpu() for key, weight in weights.items()})
+            if model.config.tie_embeddings:                   # moved, they are two copies
                 weights["head.weight"] = weights["embedding.weight"]
-            if name == "best.pt":
-                state["model"] = lora.merge(weights)
-            save(f"{self.out_dir}/{name}", {**self.about, "step": step, **state})
+            save(f"{self.out_dir}/{name}", {**self.about, "step": step, **state, "model": weights})
 
 
 def read_log(path):

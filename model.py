@@ -203,7 +203,8 @@ def attend(q, k, v, mask=None):
     k = k.transpose(1, 2)                                                      # (B, K, S, D)
     v = v.transpose(1, 2)
     n_shared = q.shape[1] // k.shape[1]
-    if q.is_cuda and n_shared > 1:             # or all scores are kept, in float32 (to PyTorch 2.13)
+    if q.device.type != "cpu" and n_shared > 1:
+        # or older versions keep all scores, in float32, or fail (MPS)
         k = k.repeat_interleave(n_shared, dim=1)
         v = v.repeat_interleave(n_shared, dim=1)
     y = F.scaled_dot_product_attention(
@@ -618,7 +619,8 @@ def empty_caches(model, B, size):
     """
     c, weight = model.config, model.norm.weight
     if model.static_caches:
-        size = min(2**math.ceil(math.log2(size)), c.max_seq_len)               # few sizes
+        few_sizes = min(2**math.ceil(math.log2(size)), c.max_seq_len)
+        size = max(size, few_sizes)            # a padded batch may need more than max_seq_len
         if model.caches:
             has_room = model.caches[0][0].shape
             if has_room[0] == B and has_room[2] >= size:
@@ -643,8 +645,8 @@ def remember(k, v, keys, values, slots, n_visible):
 
     Returns its first n_visible places, (B, n_visible, K, D) each.
     """
-    keys.index_copy_(2, slots, k.transpose(1, 2))
-    values.index_copy_(2, slots, v.transpose(1, 2))
+    keys[:, :, slots] = k.transpose(1, 2)      # not index_copy_, which MPS lacks in PyTorch 2.6
+    values[:, :, slots] = v.transpose(1, 2)
     keys = keys[:, :, :n_visible]                                              # (B, K, S, D)
     values = values[:, :, :n_visible]
     return keys.transpose(1, 2), values.transpose(1, 2)

@@ -85,6 +85,7 @@ def start(device, batch_rows=1, constants={}, offload=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")             # TF32 for what is left in float32
+        torch.backends.cuda.enable_cudnn_sdp(False)            # makes a plan for every new length
     if device.type == "cpu" and WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_SIZE))      # torchrun's default is 1
     if batch_rows < WORLD_SIZE:

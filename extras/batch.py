@@ -43,7 +43,7 @@ class Batch:
     """
 
     def __init__(self, model, max_rows):
-        self.model, self.calls = model, []
+        self.model, self.max_rows, self.calls = model, max_rows, []
         self.slot = 0                          # the next one to be written
         # enough: step() keeps the padding of at least one row below CACHE_STEP
         size = model.config.max_seq_len + CACHE_STEP
@@ -141,9 +141,9 @@ class Worker(threading.Thread):
     """The thread that owns the batch. An event loop gives it calls, and finds their events (without
     the call itself) in call.events. To be created in that loop."""
 
-    def __init__(self, model, max_rows, max_queue):
+    def __init__(self, batch, max_queue):
         super().__init__(daemon=True)
-        self.batch, self.max_rows, self.max_queue = Batch(model, max_rows), max_rows, max_queue
+        self.batch, self.max_queue = batch, max_queue
         self.waiting, self.changed, self.ended = deque(), threading.Condition(), False
         self.loop = asyncio.get_running_loop()
 
@@ -179,7 +179,7 @@ class Worker(threading.Thread):
                     return
                 for call in [call for call in calls if call.cancelled]:
                     self.batch.leave(call)
-                free = min(self.max_rows - len(calls), len(self.waiting))
+                free = min(self.batch.max_rows - len(calls), len(self.waiting))
                 joining = [self.waiting.popleft() for _ in range(free)]
             try:
                 for call in joining:

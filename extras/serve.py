@@ -24,7 +24,7 @@ import torch
 
 import runtime
 import tokenizer as tokenizers
-from extras.batch import Call, Worker
+from extras.batch import Batch, Call, Worker
 
 checkpoint         = "out/sft/best.pt"  # it answers; one of pretrain.py continues text
 tokenizer          = ""                 # empty: the one that the checkpoint names
@@ -423,10 +423,15 @@ def guarded(app, page):
 def application(model, tok, stage, name):
     """The ASGI application that serves a model; stage: as in its checkpoint."""
     page = Path(__file__).with_suffix(".html").read_text("utf-8")
+    try:
+        batch = Batch(model, max_batch)
+    except RuntimeError as error:
+        raise SystemExit(f"no room for --max_batch={max_batch} answers of "
+                         f"{model.config.max_seq_len} tokens: lower it ({error})") from None
 
     @asynccontextmanager
     async def lifespan(app):
-        app.state.worker = Worker(model, max_batch, max_queue)
+        app.state.worker = Worker(batch, max_queue)
         app.state.worker.start()
         with suppress(asyncio.CancelledError):                 # a second Ctrl-C
             yield
@@ -469,6 +474,7 @@ def main():
     check_constants()
     model, tok, saved = runtime.load_model(checkpoint, tokenizer, device, dtype)
     name = "/".join(Path(checkpoint).with_suffix("").parts[-2:])
+    app = application(model, tok, saved["stage"], name)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -479,7 +485,6 @@ def main():
     address = f"[{host}]" if ":" in host else host
     url = f"http://{address}:{listener.getsockname()[1]}"
     print(f"open {url} in a browser; Ctrl-C ends", flush=True)
-    app = application(model, tok, saved["stage"], name)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False,
                                            timeout_graceful_shutdown=1, limit_concurrency=1000))
     try:

@@ -182,8 +182,9 @@ def test_two_cards_and_one_that_offloads_have_the_losses_of_one(
 ):
     if torch.cuda.device_count() < processes:
         pytest.skip("one CUDA device")
-    if how and (torch.__version__ < sharding.OLDEST or not is_ampere_or_newer()):
-        pytest.skip("sharding needs bfloat16 and a newer PyTorch")
+    is_new = torch.__version__ >= sharding.OLDEST and is_ampere_or_newer()
+    if how and not (is_new and torch.distributed.is_nccl_available()):
+        pytest.skip("sharding needs bfloat16, NCCL and a newer PyTorch")
     settings.update(max_steps=6, sample_prompts="")
     one = pretrain(tmp_path / "one", settings)
     other = pretrain(tmp_path / "other", settings, *how, torchrun=processes)

@@ -458,6 +458,15 @@ def test_answers_in_kept_caches_are_those_in_new_ones():
     assert places[0] == places[1] == places[2] and places[3] == places[4]
 
 
+def test_a_padded_batch_in_kept_caches_may_need_more_than_the_context():
+    model = tiny()
+    prompts = [[5], list(range(5, 5 + 20))]
+    expected = answers(model, prompts, 100)
+    model.static_caches = True
+    assert answers(model, prompts, 100) == expected
+    assert len(expected[0]) == TINY["max_seq_len"] - 1 and len(expected[0]) > len(expected[1])
+
+
 OTHER = dict(
     vocab_size=98,
     dim=64,

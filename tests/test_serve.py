@@ -20,6 +20,7 @@ import torch
 
 import checkpoints
 import sample
+from conftest import run
 from model import Model, ModelConfig, generate
 
 pytest.importorskip("starlette", reason="pip install starlette uvicorn")
@@ -100,6 +101,13 @@ def request(site, method, path, body=b"", headers={}):
     found = response.status, response.headers, response.read()
     connection.close()
     return found
+
+
+def test_more_rows_than_fit_the_memory_are_refused_before_an_address_is_printed(saved, tmp_path):
+    done = run("extras.serve", tmp_path, f"--checkpoint={saved.sft}", "--port=0",
+               "--max_batch=1000000000000")
+    assert done.rc == 1 and done.out == ""
+    assert done.err.startswith("no room for --max_batch=1000000000000 answers of"), done.err
 
 
 # ---- the batch
