@@ -281,7 +281,7 @@ class Model(nn.Module):
     offloads = False               # what bytes_kept() counts is in the host's memory
     has_muon = True                # for the matrices of the blocks: one moment, AdamW keeps two
     static_caches = False          # by compile_generation(): a CUDA graph writes to the same places
-    caches = None                  # which are kept for that
+    kept_caches = None             # these places
 
     def __init__(self, config):
         super().__init__()
@@ -621,10 +621,10 @@ def empty_caches(model, B, size):
     if model.static_caches:
         few_sizes = min(2**math.ceil(math.log2(size)), c.max_seq_len)
         size = max(size, few_sizes)            # a padded batch may need more than max_seq_len
-        if model.caches:
-            has_room = model.caches[0][0].shape
-            if has_room[0] == B and has_room[2] >= size:
-                return model.caches
+        if model.kept_caches:
+            n_rows, _, room, _ = model.kept_caches[0][0].shape
+            if n_rows == B and room >= size:
+                return model.kept_caches
     shape = B, c.n_kv_heads, size, c.head_dim
     caches = []
     for _ in model.blocks:
@@ -636,7 +636,7 @@ def empty_caches(model, B, size):
             torch._dynamo.mark_static_address(values, guard=False)
         caches.append((keys, values))
     if model.static_caches:
-        model.caches = caches
+        model.kept_caches = caches
     return caches
 
 

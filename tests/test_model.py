@@ -454,7 +454,7 @@ def test_answers_in_kept_caches_are_those_in_new_ones():
     places = []
     for prompts, n in ((4, 30), (4, 5), (4, 30), (1, 30), (1, 5)):
         assert answers(model, PROMPTS[:prompts], n) == [e[:n] for e in expected[:prompts]]
-        places.append(model.caches[0][0].data_ptr())
+        places.append(model.kept_caches[0][0].data_ptr())
     assert places[0] == places[1] == places[2] and places[3] == places[4]
 
 
