@@ -142,7 +142,7 @@ def baidubaike(record):
 
 @corpus(TEXT, "tiny_stories_zh", "TinyStories translated into Chinese; CDLA-Sharing-1.0",
         HF + "adam89/TinyStoriesChinese --local-dir data/stories && "
-        "tar xzf data/stories/*.tar.gz -C data/stories")
+        'for f in data/stories/*.tar.gz; do tar xzf "$f" -C data/stories; done')
 def tiny_stories_zh(record):
     return field(record, "story_zh")
 

@@ -2,7 +2,7 @@
 
     python filter_pretrain.py --checkpoint=out/pretrain/best.pt                 by bits per byte
     python filter_pretrain.py --good=text:good.jsonl --other=text:web.jsonl     by likeness
-    python pretrain.py --data_dir=data/filtered
+    python pretrain.py --data_dir=data/filtered --out_dir=out/filtered
 
 Every document of train.bin gets a score. Those below the quantile drop_low and those above the
 quantile 1 - drop_high are dropped. Bits per byte are few for templates and many for garbled text
