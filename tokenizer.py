@@ -304,8 +304,8 @@ def named_encoding(name):
     import tiktoken
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise SystemExit(f"tokenizer {name!r}: neither a file (*.model, *.tiktoken) nor a tiktoken "
-                         f"encoding ({', '.join(known)})")
+        raise SystemExit(f"{name or 'an empty name'}: neither a file (*.model, *.tiktoken) nor a "
+                         f"tiktoken encoding ({', '.join(known)})")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:

@@ -237,6 +237,7 @@ def test_prompt_is_what_render_begins_with(tok, plain, ranks):
         ("no.model", None, "train_tokenizer.py"),
         ("no.tiktoken", None, "--tokenizer=gpt2"),
         ("no_such_name", None, "cl100k_base"),
+        ("", None, "an empty name: neither"),
         ("bad.model", b"", "not a whole sentencepiece model"),
         ("bad.model", b"junk" * 99, "not a whole sentencepiece model"),
         ("bad.tiktoken", b"IQ== 0\nIg==\n", "not a whole rank file"),
@@ -247,7 +248,7 @@ def test_prompt_is_what_render_begins_with(tok, plain, ranks):
 def test_missing_and_broken_files_end_in_one_sentence(tmp_path, name, content, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    path = name if name == "no_such_name" else str(tmp_path / name)
+    path = str(tmp_path / name) if "." in name else name
     with pytest.raises(SystemExit) as error:
         tokenizer.load(path)
     assert said in str(error.value)
