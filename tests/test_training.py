@@ -735,7 +735,7 @@ def test_the_card_with_the_least_memory_decides_for_all(tmp_path):
     (tmp_path / "script.py").write_text(ROWS_OF_TWO, encoding="utf-8")
     done = run(tmp_path / "script.py", tmp_path, torchrun=2)
     assert done.rc == 0, done.err
-    assert done.out.split() == ["8", "8"]
+    assert done.out.split()[-2:] == ["8", "8"], done.out      # in PyTorch 2.9 gloo speaks before
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
