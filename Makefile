@@ -16,7 +16,7 @@ demo: .venv/demo
 	$(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt --prompt=请讲一个小兔和小熊的故事。
 	$(PYTHON) eval_bleu.py --checkpoint=out/demo/sft/best.pt --questions=data/demo/heldout.jsonl --n_questions=0
 	$(PYTHON) -m extras.report --pretrain_dir=out/demo/pretrain --sft_dir=out/demo/sft
-	@echo; echo "all of it on a page: out/demo/sft/report.md   stories: out/demo/pretrain   answers: out/demo/sft/bleu.md"
+	@echo; echo "all of it on a page: out/demo/sft/report.md   answers: out/demo/sft/bleu.md"
 	@echo "talk to it: $(PYTHON) sample.py --checkpoint=out/demo/sft/best.pt"
 
 test: .venv/test

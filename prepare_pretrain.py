@@ -277,6 +277,8 @@ def new_meta(tok, inputs, counts, dropped, corpora, tokenizer, val_fraction, see
     rows = report(inputs, counts, dropped)
     train, val = map(named, counts.sum(0))
     print_report({**rows, "train": train, "val": val})
+    if not (train["documents"] or val["documents"]):
+        raise SystemExit(f"{corpora}: no document is left; the table above says why")
     if not (train["documents"] and val["documents"]):
         raise SystemExit(f"{corpora}: too little text: --val_fraction={val_fraction} leaves "
                          f"{train['documents']} documents for train.bin and {val['documents']} "

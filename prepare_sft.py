@@ -323,6 +323,7 @@ def main():
         for row in by_corpus.values():
             row["dropped"] = {str(bad): n for bad, n in row["dropped"].items()}
         print_figures(rows)
+        print_examples(tok, shown)
         n_train = splits["train"]["examples"]
         if not n_train:
             raise SystemExit(f"{corpora}: no dialogue is left to train on")
@@ -330,7 +331,6 @@ def main():
             raise SystemExit(f"{corpora}: too few dialogues for --val_fraction={val_fraction}: "
                              "none is held out for validation; try --val_fraction="
                              f"{min(0.5, 5 / n_train):.2g}, or add dialogues")
-    print_examples(tok, shown)
     print(f"\nwrote {data_dir}")
 
 

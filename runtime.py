@@ -523,13 +523,26 @@ def announce(model, process, dtype, steps, batch_rows, micro_batch, n_rows, T):
         "time": f"about {seconds_as_text(seconds)} = {tokens:.3g} tokens x {flops:.3g} FLOP / "
                 f"(35 % of {n} x {rate:.3g} FLOP/s measured); the lines of the steps say what is "
                 "left by their own speed"}
-    if device.type == "cpu" and hasattr(os, "getloadavg"):
-        load, cores, threads = os.getloadavg()[0], os.cpu_count(), torch.get_num_threads()
-        if threads > 1 and load + LOCAL_SIZE * threads > cores + 0.5:
-            facts["load"] = (f"{load:.1f} other threads are busy on {cores} cores: fewer of ours "
-                             "may be faster (OMP_NUM_THREADS=1)")
+    facts["compiled"] = ("yes, which takes half a minute of the first steps" if model.is_compiled
+                         else "no")
+    if device.type == "cpu" and LOCAL_SIZE == 1:
+        load, cores, threads = busy_threads(), os.cpu_count(), torch.get_num_threads()
+        if load and 1 < threads > cores - load:
+            facts["load"] = (f"{load} other threads are busy on {cores} cores: fewer of ours may "
+                             "be faster (OMP_NUM_THREADS=1)")
     process.print("\n".join(f"{what:<11} {sentence}" for what, sentence in facts.items()))
     return facts
+
+
+def busy_threads():
+    """How many threads of others compute at the moment; 0 where the system does not say."""
+    counts = []
+    for _ in range(5):                         # the average of a minute would count our last run
+        with suppress(OSError):
+            runnable = Path("/proc/loadavg").read_text("utf-8").split()[3].partition("/")[0]
+            counts.append(int(runnable) - 1)   # one is this
+        time.sleep(0.02)
+    return min(counts, default=0)
 
 
 def memory_as_text(model, rows, T, dtype):

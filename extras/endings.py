@@ -134,7 +134,8 @@ def main():
                      f"{100 * mean:.1f} |")
     lines.append(f"| mean of the sets | {n} | {100 * fmean(shares):.1f} | "
                  f"{100 * fmean(means):.1f} |")
-    title = f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): endings; chance is 25 %"
+    title = (f"{checkpoint} ({checkpoints.fingerprint(checkpoint)}): endings, "
+             f"{100 * fmean(shares):.1f} % right; chance is 25 %")
     table = "\n".join([title, "", *lines])
     with config.whole_file(page) as f:
         f.write(table + "\n")

@@ -102,3 +102,4 @@ def test_the_table_stands_beside_the_checkpoint(model, tok, tmp_path, monkeypatc
     shares = [float(share) for *_, share in rows]
     mean = sum(shares[:5]) / 5
     assert shares[-1] == pytest.approx(mean, abs=0.1)
+    assert f"endings, {shares[-1]} % right" in page

@@ -448,7 +448,7 @@ def test_empty_input(tmp_path, model):
     path = write(tmp_path / "a.jsonl", [])
     code, said = prepare(f"text:{path}", model, tmp_path / "out")
     assert code == 1
-    assert "too little text" in said
+    assert "no document is left" in said
     assert "Traceback" not in said
 
 

@@ -741,7 +741,7 @@ def test_the_card_with_the_least_memory_decides_for_all(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_run_is_announced_with_its_cost(monkeypatch, capsys, world_size):
     monkeypatch.setattr(runtime, "matmul_rate", lambda device, dtype: 1e10)
-    monkeypatch.setattr(runtime.os, "getloadavg", lambda: (0.0, 0, 0))
+    monkeypatch.setattr(runtime, "busy_threads", lambda: 0)
     model = Model(ModelConfig(1000, **SHAPE))
     process = runtime.Process(0, 0, world_size, CPU)
     run_of_3000_steps = model, process, "float32", 3000, 10, 4, 600, 32
@@ -761,11 +761,25 @@ def test_a_run_is_announced_with_its_cost(monkeypatch, capsys, world_size):
     assert "products in float32" in facts["device"]
     assert "a mask over whole rows" in facts["attention"]
     assert "load" not in facts
-    cores = os.cpu_count()
-    monkeypatch.setattr(runtime.os, "getloadavg", lambda: (cores + 0.6, 0, 0))
-    monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: 2)
-    load = runtime.announce(*run_of_3000_steps)["load"]
-    assert f"threads are busy on {cores} cores" in load
+    assert facts["compiled"] == "no"
+    monkeypatch.setattr(runtime, "busy_threads", lambda: 2)
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 4)
+    for threads, is_said in (1, False), (2, False), (3, True):
+        monkeypatch.setattr(runtime.torch, "get_num_threads", lambda: threads)
+        facts = runtime.announce(*run_of_3000_steps)
+        assert ("2 other threads are busy on 4 cores" in facts.get("load", "")) == is_said
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="no /proc")
+def test_busy_threads_are_those_of_others():
+    """Beside a process that computes there is one more, on a machine that may have others."""
+    with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"],
+                          stdout=subprocess.PIPE) as busy:
+        busy.stdout.readline()
+        try:
+            assert runtime.busy_threads() >= 1
+        finally:
+            busy.kill()
 
 
 @pytest.mark.parametrize(
