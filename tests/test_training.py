@@ -727,7 +727,7 @@ torch.cuda.mem_get_info = lambda device: ((2e9, 80e9)[rank], 80e9)
 process = runtime.Process(rank, rank, 2, torch.device("cuda", rank))
 model = Model(ModelConfig(16_384, 512, 8, 4))
 rows = runtime.rows_that_fit(model, process, "bfloat16", 128, 512)
-os.write(1, b"%d\n" % rows)                    # in one piece, unlike print()
+os.write(1, b"%d\\n" % rows)                   # in one piece, unlike print()
 dist.destroy_process_group()
 """
 
