@@ -1435,7 +1435,8 @@ def test_a_card_compiles_where_triton_can(
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     monkeypatch.setattr(runtime.shutil, "which", lambda name: name == compiler)
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: triton or None)
+    util = SimpleNamespace(find_spec=lambda name: triton or None)
+    monkeypatch.setattr(runtime, "importlib", SimpleNamespace(util=util))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     process = runtime.Process(0, 0, 1, torch.device("cuda", 0))
     runtime.compiled(Model(ModelConfig(400, **SHAPE)), "auto", process, 1000)
