@@ -372,19 +372,23 @@ def restore(saved, model, optimizers, scaler):
         raise SystemExit("last.pt is of a run with Muon and this one is without, or the reverse: "
                          "give muon_lr as then")
     for optimizer, state in zip(optimizers, saved["optimizers"]):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        groups = optimizer.state_dict()["param_groups"]        # the rates and the device of now
+        groups = optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
         try:
             shares = {i: {name: sharding.share(moment, parameters[i])
                           for name, moment in moments.items()}
                       for i, moments in state["state"].items()}
-            optimizer.load_state_dict({"state": shares, "param_groups": groups})
+            # "fused" decides where AdamW's step is: where the weights of now want it
+            then = [{**group, "fused": now.get("fused")}
+                    for group, now in zip(state["param_groups"], groups, strict=True)]
+            optimizer.load_state_dict({"state": shares, "param_groups": then})
             for p, moments in optimizer.state.items():
                 if not all(v.shape in (p.shape, ()) and is_finite(v) for v in moments.values()):
                     raise ValueError
         except Exception:                                     # PyTorch looks at nothing before use
             raise SystemExit("last.pt: refused: the state of its optimizer does not fit the "
                              "network") from None
+        optimizer.param_groups = groups        # keep the current rates, restore the moments
     if saved["scaler"] and scaler.is_enabled():               # one of them may not be in float16
         if wrong := has(saved["scaler"], SCALER):
             raise SystemExit(f"last.pt: refused: the {wrong!r} of its scaler is missing or wrong")

@@ -246,7 +246,10 @@ def test_a_run_resumes_although_its_identity_lacks_what_came_later(state, tmp_pa
         lambda o: o["state"][0].update(momentum="x"),
         lambda o: o["state"][0]["momentum"].fill_(float("nan")),
         lambda o: o.update(state=[]),
+        lambda o: o.update(param_groups=[]),
+        lambda o: o["param_groups"].append(o["param_groups"][0]),
         lambda o: o.clear(),
+        lambda o: o["param_groups"][0].update(params=[0]),
     ],
 )
 def test_an_optimizer_state_that_does_not_fit_is_refused(harm):
