@@ -41,6 +41,8 @@ EVERYONE = [f"process {rank}" for rank in range(WORLD_SIZE)]   # named so to eac
 # columns of log.csv in the picture; nats per token, but per pair of answers in dpo.py
 CURVES = [("loss", "-", "training"), ("val_loss", "o-", "validation"),
           ("val_accuracy", "s-", "accuracy of held-out pairs")]
+COMPILE_NEEDS = ("torch.compile needs a C++ compiler and Python.h, on a graphics card also Triton, "
+                 "and the card must be of 2017 (Volta) or newer")
 TORCHRUN_ANSWERS = timedelta(seconds=30)
 
 if torch.__version__ < OLDEST:
@@ -97,7 +99,7 @@ def start(device, batch_rows=1, constants={}, offload=False):
         nccl = device.type == "cuda" and dist.is_nccl_available()        # not on Windows
         backend = "nccl" if nccl else "gloo"
         if nccl and offload:
-            backend = "cuda:nccl,cpu:gloo"
+            backend = sharding.CARD_AND_HOST
         dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
                                 store=dist.PrefixStore("group", message_store()),
                                 timeout=timedelta(hours=1),    # one saves, the others wait for it
@@ -422,12 +424,11 @@ def compiled(model, choice, process, tokens):
     """
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"--compile={choice}: choose auto, on or off")
-    on_card = process.device.type == "cuda"
-    if choice == "auto" and on_card and not can_compile(process.device):
-        process.print("nothing is compiled: on a card torch.compile needs Triton, a C++ compiler "
-                      "and Python.h, and the card must be of 2017 (Volta) or newer")
+    on_card, works = process.device.type == "cuda", can_compile(process.device)
+    if choice == "auto" and on_card and not works:
+        process.print(f"nothing is compiled: {COMPILE_NEEDS}")
     is_long = on_card or tokens * model.flops_per_token(0) > 2e14
-    if choice == "on" or choice == "auto" and is_long and can_compile(process.device):
+    if choice == "on" or choice == "auto" and is_long and works:
         model.compile()
 
 

@@ -99,8 +99,7 @@ def main():
     model, tok, saved = runtime.load_model(checkpoint, tokenizer, device, dtype)
     if compile:
         if not runtime.can_compile(model.norm.weight.device):
-            raise SystemExit("--compile: torch.compile does not work here, it needs a C++ compiler "
-                             "and Python.h, on a card also Triton")
+            raise SystemExit(f"--compile: {runtime.COMPILE_NEEDS}")
         model.compile_generation()
     generator = torch.Generator(model.norm.weight.device)
     generator.manual_seed(seed) if seed else generator.seed()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 MODES = "", "optimizer", "full"
+CARD_AND_HOST = "cuda:nccl,cpu:gloo"           # tensors of both are exchanged, with --offload
 OLDEST = "2.9"                 # the oldest PyTorch that this was run with
 
 
@@ -31,7 +32,7 @@ def shard(model, process, mode, dtype, offload):
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                         fully_shard)
     if not dist.is_initialized():              # one process, which offloads
-        backend = "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo"
+        backend = CARD_AND_HOST if process.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     device = process.device
     mesh = init_device_mesh(device.type, (process.world_size,))
